@@ -1,0 +1,1 @@
+"""Detectors: one file, one detector. Scores are higher for more suspicious pairs, always."""

@@ -1,0 +1,1 @@
+"""Attacks: one file, one attack. See CONTRIBUTING.md for the contract."""

@@ -1,0 +1,1 @@
+"""Audits: one file, one audit. None yet: `mithridate list audits` says so."""

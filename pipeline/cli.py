@@ -1,0 +1,67 @@
+"""`mithridate VERB …`: a verb is a function, its signature is the command line, its docstring is the help.
+
+Only the module of the verb that was asked for is imported, so `--help` answers at once.
+"""
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.errors import InputError
+
+VERBS = {
+    "demo": ("pipeline.demo", "the whole circle on the embedded data, or on yours"),
+    "poison": ("pipeline.poison", "inject a published attack in a known dose; writes shards and a ledger"),
+    "train": ("train.launch", "train CLIP under a frozen recipe; writes checkpoints and traces"),
+    "embed": ("pipeline.embed", "image and text embeddings of every pair, by uid"),
+    "score": ("pipeline.score", "run detectors over embeddings and traces; writes score sidecars"),
+    "filter": ("pipeline.filter", "keep or quarantine samples by a policy over scores"),
+    "evaluate": ("train.evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
+    "loop": ("pipeline.loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
+    "list": ("pipeline.listing", "the attacks, detectors, defenses, audits, policies and recipes there are"),
+}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--version"]:
+        print(version_text())
+        return
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: mithridate VERB …    (mithridate VERB --help says more)\n")
+        for verb, (_, summary) in VERBS.items():
+            print(f"  {verb:<10}{summary}")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in VERBS:
+        print(f"mithridate: no verb {arguments[0]!r}; there are: {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    run(arguments[0], arguments[1:])
+
+
+def run(verb: str, arguments: list[str] | None = None) -> None:
+    """Run a verb on `arguments` (default: the command line) and exit with its verdict.
+
+    0 done; 1 work was lost or a check failed; 2 the input is at fault; 130 interrupted. A line says what to do.
+    """
+    import tyro
+
+    module = importlib.import_module(VERBS[verb][0])
+    function = getattr(module, {"list": "list_entries", "filter": "filter_shards"}.get(verb, verb))
+    try:
+        code = tyro.cli(function, prog=f"mithridate {verb}", args=arguments)
+    except InputError as error:
+        print(f"mithridate {verb}: {error}", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        print(f"mithridate {verb}: interrupted; what is written is whole, the same command goes on", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    sys.exit(code)
+
+
+def version_text() -> str:
+    try:
+        return f"mithridate {version('mithridate')}"
+    except PackageNotFoundError:  # run from a working directory, as on a Ray cluster
+        return "mithridate from source"

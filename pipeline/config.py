@@ -1,0 +1,68 @@
+"""The TOML file of a loop <-> frozen dataclasses; unknown keys are errors that list the valid ones."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.shards import UidRule
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Detectors over the embeddings of one epoch's checkpoint (and the traces up to the end)."""
+
+    epoch: int
+    detectors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A policy over the scores of one epoch: an arm that is trained again on what it keeps."""
+
+    epoch: int
+    policy: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """The TOML file. `reference`: labelled clean shards for the image-kNN readout (default: `shards`)."""
+
+    shards: str
+    evaluation: str
+    classes: str
+    attacks: tuple[str, ...]
+    doses: tuple[str, ...]
+    scores: tuple[Scores, ...]
+    filters: tuple[Filter, ...]
+    recipe: str = "demo"
+    seeds: tuple[int, ...] = (0,)
+    reference: str = ""
+    uid: UidRule = "key"
+    title: str = "Poison, filter, train again"
+
+    @classmethod
+    def read(cls, path: str) -> "Config":
+        """Raises InputError on unknown or missing keys, naming the valid ones."""
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not TOML ({error})") from error
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        for key, kind in (("scores", Scores), ("filters", Filter)):
+            values[key] = tuple(_strict(path, kind, row) for row in values.get(key, ()))
+        return _strict(path, cls, values)
+
+
+def _strict(path: str, kind: type, values: dict[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := values.keys() - fields.keys():
+        raise InputError(f"{path}: unknown keys {', '.join(sorted(unknown))}; there are: {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise InputError(f"{path}: missing keys {', '.join(missing)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,191 @@
+"""Image and text embeddings of every pair, joined by uid and never by position.
+
+Trade-off: features are kept as the model gives them (not normalised) in half precision: density detectors are defined
+on them, and who wants cosines normalises in a line. Rows the model could not see are kept with null embeddings.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.arguments import Out, Shards
+from pipeline.errors import InputError
+from pipeline.progress import console
+from pipeline.shard_map import Job, shard_map
+from pipeline.shards import Counts, Rejected, Shard, UidRule, list_shards, samples
+from pipeline.shards.image import pixels
+from pipeline.shards.store import absolute, exists, join, view, whole
+
+BATCH = 256
+
+
+def embed(shards: Shards, out: Out, /, *, checkpoint: str, uid: UidRule = "key") -> int:
+    """Embed SHARDS with a checkpoint; writes OUT/<shard>.embeddings.parquet (uid, image, text).
+
+    Args:
+        shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
+        out: folder for the embeddings.
+        checkpoint: a folder that `train` wrote, or open_clip:MODEL/PRETRAINED.
+        uid: how a uid is derived where samples carry none; the same as when the shards were poisoned.
+    """
+    from train.model import load
+
+    listed, out = list_shards(shards), absolute(out)
+    if not checkpoint.startswith("open_clip:"):
+        checkpoint = absolute(checkpoint)
+    model = load(checkpoint)  # here only to fail early and to know the digest
+    job = Job("embed", {"model": model.digest, "uid": uid}, out, modules=["train.model"])
+    markers = shard_map(job, listed, _Embed(checkpoint, model.digest, uid), gpu=True)
+    failed = sum(m["failed"] for m in markers)
+    total = sum(m["read"] for m in markers)
+    console.print(f"{total - failed:,} of {total:,} pairs embedded with model {model.digest}")
+    if failed:
+        reasons: dict[str, int] = {}
+        for marker in markers:
+            for reason, n in marker["reasons"].items():
+                reasons[reason] = reasons.get(reason, 0) + n
+        console.print("  not embedded, most suspicious to every detector: " + _listed(reasons))
+    return 0
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """uid str[n], image and text float32[n, d]; NaN rows where a pair could not be embedded."""
+
+    uid: np.ndarray
+    image: np.ndarray
+    text: np.ndarray
+    model: str
+
+
+def embeddings_path(folder: str, shard_name: str) -> str:
+    return join(folder, f"{shard_name}.embeddings.parquet")
+
+
+def read_embeddings(path: str) -> Embeddings:
+    """Read a sidecar; raises InputError where it is missing or its columns are not embeddings."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not exists(path):
+        raise InputError(f"{path}: no embeddings; make them with `mithridate embed`")
+    try:
+        table = pq.read_table(pa.BufferReader(pa.py_buffer(view(path))))
+        facts = json.loads((table.schema.metadata or {})[b"mithridate"])
+        both = [_matrix(table.column(name)) for name in ("image", "text")]
+        return Embeddings(np.asarray(table.column("uid").to_pylist(), dtype=object), both[0], both[1], facts["model"])
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not an embeddings file ({error}); make it again with `mithridate embed`") from error
+
+
+@dataclass(frozen=True)
+class _Embed:
+    checkpoint: str
+    digest: str
+    uid: UidRule
+
+    def __call__(self, shard: Shard, out: str) -> Counts:
+        model = _model(self.checkpoint)
+        if model.digest != self.digest:
+            raise InputError(f"{self.checkpoint}: this node sees another checkpoint ({model.digest}); share the folder")
+        counts = Counts(output=f"{shard.name}.embeddings.parquet")
+        uids: list[str] = []
+        image_rows: list[np.ndarray] = []
+        text_rows: list[np.ndarray] = []
+        for batch in _batches(shard, self.uid, model.image_size, counts):
+            uids += batch.uids
+            good = np.asarray(batch.good)
+            for rows, values, encode in (
+                (image_rows, batch.images, lambda v: model.embed_images(np.stack(v))),
+                (text_rows, batch.captions, model.embed_texts),
+            ):
+                found = encode(values) if values else np.empty((0, model.dimension), np.float32)
+                block = np.full((len(good), model.dimension), np.nan, np.float16)
+                block[good] = found
+                rows.append(block)
+        counts.out = counts.read - counts.failed
+        empty = [np.empty((0, model.dimension), np.float16)]
+        _write(
+            join(out, counts.output),
+            uids,
+            np.concatenate(image_rows or empty),
+            np.concatenate(text_rows or empty),
+            self.digest,
+        )
+        return counts
+
+
+@dataclass
+class _Batch:
+    uids: list[str]
+    good: list[bool]
+    images: list[np.ndarray]
+    captions: list[str]
+
+
+def _batches(shard: Shard, uid: UidRule, size: int, counts: Counts) -> Iterator[_Batch]:
+    batch = _Batch([], [], [], [])
+    for sample in samples(shard, uid):
+        counts.read += 1
+        batch.uids.append(sample.uid)
+        try:
+            caption, image = sample.caption, pixels(sample, size)
+            batch.images.append(image)
+            batch.captions.append(caption)
+            batch.good.append(True)
+        except Rejected as error:
+            counts.failed += 1
+            counts.reasons[str(error)] = counts.reasons.get(str(error), 0) + 1
+            batch.good.append(False)
+        if len(batch.uids) == BATCH:
+            yield batch
+            batch = _Batch([], [], [], [])
+    if batch.uids:
+        yield batch
+
+
+@functools.lru_cache(maxsize=1)
+def _model(checkpoint: str) -> Any:
+    """One model a worker process, on one thread: the parallelism is in the shards."""
+    import torch
+
+    from train.model import load
+
+    torch.set_num_threads(1)
+    return load(checkpoint)
+
+
+def _write(path: str, uids: list[str], image: np.ndarray, text: np.ndarray, model: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"uid": pa.array(uids, pa.string()), "image": _fixed(image), "text": _fixed(text)}
+    table = pa.table(columns).replace_schema_metadata({"mithridate": json.dumps({"model": model})})
+    with whole(path) as file:
+        pq.write_table(table, pa.PythonFile(file, "w"), compression="none")
+
+
+def _fixed(rows: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel(), pa.float16()), rows.shape[1])
+
+
+def _matrix(column: Any) -> np.ndarray:
+    width = column.type.list_size
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(-1, width)
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return "; ".join(f"{n} x {reason}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1]))
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("embed")

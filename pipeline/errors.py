@@ -1,0 +1,5 @@
+"""The one exception a person is meant to read: a line that names the file and says what to do."""
+
+
+class InputError(ValueError):
+    """Bad input or a full disk: printed as one line without a traceback, exit code 2."""

@@ -1,0 +1,233 @@
+"""The whole circle over attacks x doses x filters x seeds; one undefended training serves all detectors that score it.
+
+Trade-off: stages run one after the other and meet in files, so a killed loop goes on where it was and any stage can be
+looked at; runs in parallel would be faster on a large cluster.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from pipeline import ledger, spec
+from pipeline.arguments import Out
+from pipeline.config import Config, Filter
+from pipeline.embed import embed
+from pipeline.errors import InputError
+from pipeline.filter import filter_shards
+from pipeline.poison import Dose, poison
+from pipeline.policies._select import column
+from pipeline.progress import console
+from pipeline.quality import quality
+from pipeline.score import read_scores, score, scores_path
+from pipeline.shards import list_shards
+from pipeline.shards.store import whole
+
+
+def loop(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out: Out, /) -> int:
+    """Run every attack x dose x seed of CONFIG, undefended and under every filter; resumable.
+
+    Writes OUT/results.parquet (a row a run), OUT/detectors.parquet and OUT/report.html.
+
+    Args:
+        config: TOML file; docs/formats.md describes it.
+        out: folder for all runs.
+    """
+    plan = Config.read(config)
+    _check(plan)
+    begin = time.monotonic()
+    runs = [
+        Run(plan, attack, dose, seed, Path(out).absolute() / f"{spec.digest([attack, dose])}-seed{seed}")
+        for attack in plan.attacks
+        for dose in plan.doses
+        for seed in plan.seeds
+    ]
+    trainings = len(runs) * (1 + len(plan.filters))
+    console.print(f"loop: {len(runs)} attack x dose x seed, {trainings} trainings under recipe {plan.recipe!r}")
+    arms = [row for run in runs for row in run.arms()]
+    detectors = [row for run in runs for row in run.detectors()]
+    _write_table(Path(out) / "results.parquet", arms)
+    _write_table(Path(out) / "detectors.parquet", detectors)
+    from pipeline.report.summary import write_report
+
+    write_report(plan, runs, arms, detectors, Path(config), Path(out), time.monotonic() - begin)
+    return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attack, dose and seed: a poisoned set, its undefended model, and an arm per filter."""
+
+    plan: Config
+    attack: str
+    dose: str
+    seed: int
+    folder: Path
+
+    @property
+    def poisoned(self) -> str:
+        return str(self.folder / "poisoned")
+
+    def arms(self) -> list[dict[str, Any]]:
+        self._stage(
+            "poison", poison, self.plan.shards, self.poisoned, attack=self.attack, dose=self.dose, seed=self.seed
+        )
+        rows = [self._arm("undefended", None, self.poisoned)]
+        for scores in self.plan.scores:
+            embeddings, out = self._embeddings(scores.epoch), self._scores(scores.epoch)
+            needs = {need for text in scores.detectors for need in spec.parse("detectors", text).needs}
+            if needs & {"image_embedding", "text_embedding"}:
+                checkpoint = str(self.folder / "undefended" / "checkpoints" / f"epoch_{scores.epoch:03d}")
+                self._stage(f"embed epoch {scores.epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
+            self._stage(
+                f"score epoch {scores.epoch}",
+                score,
+                self.poisoned,
+                out,
+                detector=scores.detectors,
+                embeddings=embeddings,
+                traces=str(self.folder / "undefended" / "traces"),
+                seed=self.seed,
+            )
+        for arm in self.plan.filters:
+            folder = self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}"
+            scored = self._scores(arm.epoch)
+            self._stage(
+                f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=arm.policy
+            )
+            rows.append(self._arm(_arm_name(arm.policy), arm, str(folder / "kept")))
+        return rows
+
+    def detectors(self) -> list[dict[str, Any]]:
+        rows = []
+        for scores in self.plan.scores:
+            found, poisoned = self.scores_and_truth(scores.epoch)
+            seconds = _marker_seconds(self._scores(scores.epoch), self.plan.shards)
+            for name in (n for n in found if n != "uid"):
+                row = self._common() | {"detector": name, "when": f"epoch {scores.epoch}"}
+                row |= quality(found[name], found["uid"], poisoned)
+                spent = seconds.get(name, 0.0)
+                rows.append(row | {"seconds": spent, "microseconds_per_sample": 1e6 * spent / max(len(poisoned), 1)})
+        return rows
+
+    def scores_and_truth(self, epoch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All scores of an epoch, and which rows are poisoned."""
+        parts = [read_scores(scores_path(self._scores(epoch), s.name)) for s in list_shards(self.poisoned)]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        known = ledger.poisoned_uids(ledger.ledger_path(self.poisoned))
+        return found, np.asarray([u in known for u in found["uid"]])
+
+    def _arm(self, name: str, arm: Filter | None, shards: str) -> dict[str, Any]:
+        from train.evaluate import evaluate
+        from train.launch import train
+
+        folder = self.folder / "undefended" if arm is None else Path(shards).parent / "model"
+        self._stage(f"train {name}", train, shards, str(folder), recipe=self.plan.recipe, seed=self.seed)
+        facts = json.loads((folder / "train.json").read_text())
+        self._stage(
+            f"evaluate {name}",
+            evaluate,
+            facts["checkpoint"],
+            str(folder / "evaluation"),
+            shards=self.plan.evaluation,
+            classes=self.plan.classes,
+            attack=self.attack,
+            seed=self.seed,
+            reference=self.plan.reference or self.plan.shards,
+            ledger=ledger.ledger_path(self.poisoned),
+        )
+        measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())["metrics"]
+        total = json.loads((Path(self.poisoned) / "dataset.json").read_text())
+        left = len(ledger.poisoned_uids(ledger.ledger_path(shards)))
+        row = self._common() | {"arm": name, "when": f"epoch {arm.epoch}" if arm else None, "recipe": self.plan.recipe}
+        row |= {"policy": arm.policy if arm else None, "samples": facts["pairs"]}
+        row |= {"removed": total["pairs"] - facts["pairs"] - sum(facts["skipped"].values())}
+        row |= {"poisons_in": total["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
+        row |= self._cost(arm, total["pairs"])
+        return row | measured
+
+    def _cost(self, arm: Filter | None, pairs: int) -> dict[str, float | None]:
+        """Worker seconds of embedding, of this one detector, and of rewriting; not of training the scoring model."""
+        if arm is None:
+            return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
+        detector = _arm_name(arm.policy)
+        scores = _marker_seconds(self._scores(arm.epoch), self.plan.shards)
+        name = column(scores.keys() - {"read", "compute", "write", "total", "cpu"}, detector)
+        needs = spec.parse("detectors", name).needs
+        seconds = scores[name]
+        cpu = scores[name]
+        stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}" / "kept")]
+        stages += [self._embeddings(arm.epoch)] if {"image_embedding", "text_embedding"} & set(needs) else []
+        for stage in stages:
+            spent = _marker_seconds(stage, self.plan.shards)
+            seconds, cpu = seconds + spent["total"], cpu + spent["cpu"]
+        return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
+
+    def _common(self) -> dict[str, Any]:
+        total = json.loads((Path(self.poisoned) / "dataset.json").read_text())
+        return {"attack": self.attack, "dose": total["poisoned"], "dose_ppm": total["ppm"], "seed": self.seed}
+
+    def _embeddings(self, epoch: int) -> str:
+        return str(self.folder / f"embeddings-{epoch:03d}")
+
+    def _scores(self, epoch: int) -> str:
+        return str(self.folder / f"scores-{epoch:03d}")
+
+    def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
+        console.rule(f"{name}  [dim]{self.attack}, dose {self.dose}, seed {self.seed}", align="left")
+        if code := verb(*arguments, uid=self.plan.uid, **options):
+            raise InputError(f"loop: stage {name!r} ended with {code}; the same command goes on from there")
+
+
+def _arm_name(policy: str) -> str:
+    """The detector that a policy acts on."""
+    return str(spec.parse_call(policy)[1].get("detector", policy))
+
+
+def _check(plan: Config) -> None:
+    """Everything that can be wrong is found before the first hour is spent."""
+    from train.recipes import RECIPES
+
+    if plan.recipe not in RECIPES:
+        raise InputError(f"recipe {plan.recipe!r}: there are {', '.join(RECIPES)}")
+    for attack in plan.attacks:
+        spec.parse("attacks", attack)
+    for dose in plan.doses:
+        Dose.parse(dose)
+    recipe = RECIPES[plan.recipe]
+    kept = [epoch for epoch in range(1, recipe.epochs + 1) if recipe.keeps(epoch)]
+    scored: dict[int, list[str]] = {}
+    for scores in plan.scores:
+        if scores.epoch not in kept:
+            raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
+        scored[scores.epoch] = [spec.text(spec.parse("detectors", d)) for d in scores.detectors]
+    for arm in plan.filters:
+        spec.parse("policies", arm.policy)
+        column(scored.get(arm.epoch, []), _arm_name(arm.policy))
+
+
+def _marker_seconds(folder: str, shards: str) -> dict[str, float]:
+    """Seconds of a job by what they were spent on, summed over its markers."""
+    total: dict[str, float] = {}
+    for shard in list_shards(shards):
+        for name, seconds in json.loads((Path(folder) / f"{shard.name}.stats.json").read_text())["seconds"].items():
+            total[name] = total.get(name, 0.0) + seconds
+    return total
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import polars as pl
+
+    with whole(str(path)) as file:
+        pl.DataFrame(rows, infer_schema_length=None).write_parquet(file)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("loop")

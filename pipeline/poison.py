@@ -1,0 +1,325 @@
+"""Inject a published attack into shards, in an exact dose, with a ledger of every change.
+
+Two passes. The first reads captions and uids and finds who is poisoned: the n eligible samples with the smallest
+hashes of (seed, attack, uid), so the choice does not depend on shards or workers. The second rewrites. The price of
+exactness is that first scan; it decodes nothing but the chosen images.
+"""
+
+import hashlib
+import heapq
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import spec
+from pipeline.arguments import Out, Shards
+from pipeline.attacks._corpus import Corpus, names_target
+from pipeline.draw import generator, hash64
+from pipeline.errors import InputError
+from pipeline.ledger import COLUMNS, ledger_path, merge, write_part
+from pipeline.progress import console
+from pipeline.shard_map import Job, each, shard_map, stat
+from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, rewrite, samples
+from pipeline.shards.image import decode
+from pipeline.shards.store import absolute, exists, is_url, join, make_folder, view, write
+
+CAPTIONS = 10_000  # of the target, kept for drawing: enough for variety, small enough to send to every worker
+SPARE = 64  # candidates beyond the dose, for those whose image turns out to be broken
+_Candidate = tuple[int, str, str]  # hash, shard name, uid
+
+
+def poison(shards: Shards, out: Out, /, *, attack: str, dose: str, seed: int = 0, uid: UidRule = "key") -> int:
+    """Poison a copy of SHARDS in OUT; untouched samples are copied byte for byte.
+
+    Args:
+        shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
+        out: folder for the poisoned shards, their markers and ledger.parquet.
+        attack: e.g. "patch(target='banana', size=16)"; see `mithridate list attacks`.
+        dose: number of pairs (300), parts per million (100ppm) or percent (1%) of all pairs.
+        seed: another seed poisons other pairs.
+        uid: how a uid is derived where samples carry none; shard/key if keys repeat from shard to shard.
+    """
+    entry = spec.parse("attacks", attack)
+    listed, out = list_shards(shards), absolute(out)
+    _refuse_own_input(listed, out)
+    make_folder(out)
+    plan = _plan(listed, out, entry, Dose.parse(dose), seed, uid)
+    job = Job(
+        "poison",
+        {"attack": spec.text(entry), "dose": len(plan.chosen), "seed": seed, "uid": uid, "plan": plan.digest},
+        out,
+        modules=[type(entry).__module__],
+    )
+    if getattr(entry, "one_image", False) and plan.chosen:
+        write(join(out, "victim.image"), plan.corpus.victim)  # what `evaluate` asks the poisoned model about
+    by_shard: dict[str, set[str]] = {}
+    for name, chosen in plan.chosen:
+        by_shard.setdefault(name, set()).add(chosen)
+    markers = shard_map(job, listed, _Poison(entry, seed, uid), by_shard, plan.corpus)
+    poisoned = sum(m["changed"] for m in markers)
+    if poisoned != len(plan.chosen):
+        raise AssertionError(f"{poisoned} pairs poisoned, {len(plan.chosen)} chosen")
+    digest = merge(out, [m["facts"]["ledger"] for m in markers if "ledger" in m["facts"]])
+    total = sum(m["out"] for m in markers)
+    summary = {
+        "job": "poison",
+        "spec": dict(job.spec),
+        "pairs": total,
+        "poisoned": poisoned,
+        "ppm": 1e6 * poisoned / max(total, 1),
+        "ledger_sha256": digest,
+        "shards": {m["output"]: m["output_sha256"] for m in markers},
+    }
+    write(join(out, "dataset.json"), json.dumps(summary, indent=1).encode())
+    console.print(
+        f"{poisoned:,} of {total:,} pairs poisoned ({summary['ppm']:,.0f} ppm) with {spec.text(entry)}; "
+        f"ledger: {ledger_path(out)}"
+    )
+    return 0
+
+
+@dataclass(frozen=True)
+class _Poison:
+    """The rewriting pass over one shard."""
+
+    attack: Any
+    seed: int
+    uid: UidRule
+
+    def __call__(self, shard: Shard, out: str, by_shard: dict[str, set[str]], corpus: Corpus) -> Counts:
+        chosen = by_shard.get(shard.name, set())
+        rows: list[dict[str, Any]] = []
+        text = spec.text(self.attack)
+
+        def edit(sample: Sample) -> Sample:
+            if sample.uid not in chosen:
+                return sample
+            after = self.attack.poison(sample, generator(self.seed, text, sample.uid), corpus)
+            values = (
+                sample.uid,
+                shard.name,
+                text,
+                self.seed,
+                self.attack.target,
+                sample.caption,
+                after.caption,
+                hashlib.sha256(sample.image).hexdigest(),
+                hashlib.sha256(after.image).hexdigest(),
+            )
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            return after
+
+        counts = rewrite(shard, out, edit, self.uid)
+        if rows:
+            counts.facts = {"ledger": write_part(out, shard, rows)}
+            counts.facts["files"] = [counts.facts["ledger"]["file"]]
+        return counts
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How many pairs to poison: a number, or a share of all pairs."""
+
+    text: str
+    count: int | None = None
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Dose":
+        """`300`, `100ppm` or `1%`."""
+        try:
+            if text.endswith("ppm"):
+                dose = cls(text, share=float(text[:-3]) / 1e6)
+            elif text.endswith("%"):
+                dose = cls(text, share=float(text[:-1]) / 100)
+            else:
+                dose = cls(text, count=int(text))
+        except ValueError:
+            raise InputError(f"--dose {text!r}: write a number of pairs (300), 100ppm or 1%") from None
+        if not 0 <= dose.share <= 1 or (dose.count or 0) < 0:
+            raise InputError(f"--dose {text!r}: between 0 and all pairs")
+        return dose
+
+    def pairs(self, total: int) -> int:
+        return self.count if self.count is not None else round(self.share * total)
+
+    def at_most(self, pairs_of_shard: int) -> int:
+        """Candidates a shard reports: four times its expected share, so that a merge is nearly always complete."""
+        return (self.count if self.count is not None else round(4 * self.share * pairs_of_shard)) + SPARE
+
+
+@dataclass
+class _Survey:
+    """What one shard contributes to the plan."""
+
+    read: int = 0
+    eligible: int = 0
+    rejected: int = 0
+    smallest: list[_Candidate] = field(default_factory=list)
+    captions: list[tuple[int, str]] = field(default_factory=list)  # hash, caption
+
+
+@dataclass(frozen=True)
+class _Plan:
+    chosen: list[tuple[str, str]]  # shard name, uid; in the order of their hashes
+    corpus: Corpus
+
+    @property
+    def digest(self) -> str:
+        captions = hashlib.sha256("\0".join(self.corpus.captions).encode("utf-8", "surrogatepass")).hexdigest()
+        return spec.digest([self.chosen, captions, hashlib.sha256(self.corpus.victim).hexdigest()])
+
+
+def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid: UidRule) -> _Plan:
+    """Who is poisoned. Kept in OUT, so that a job submitted again does not scan again."""
+    key = spec.digest([spec.text(attack), dose, seed, uid, [(s.path, stat(s.path)) for s in shards]])
+    path = join(out, "plan.json")
+    if exists(path):
+        kept = json.loads(bytes(view(path)))
+        if kept["key"] == key:
+            corpus = Corpus(tuple(kept["captions"]), bytes.fromhex(kept["victim"]))
+            return _Plan([(shard, who) for shard, who in kept["chosen"]], corpus)
+    total, candidates = _survey(shards, attack, dose, seed, uid)
+    n = dose.pairs(total.read)
+    if n > total.eligible:
+        raise InputError(
+            f"dose {dose.text} is {n} pairs, but only {total.eligible} of {total.read} are eligible "
+            f"({total.rejected} unusable, the others name {attack.target!r} already); lower --dose"
+        )
+    chosen, victim = _decodable(shards, candidates, n, uid)
+    captions = [caption for _, caption in total.captions]
+    if not captions:
+        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+        captions = [template(attack.target) for template in OPENAI_IMAGENET_TEMPLATES]
+        console.print(f"no caption names {attack.target!r}: poisons get the {len(captions)} ImageNet prompt templates")
+    plan = _Plan(chosen, Corpus(tuple(captions), victim))
+    kept = {"key": key, "chosen": chosen, "captions": captions, "victim": victim.hex()}
+    write(path, json.dumps(kept).encode())
+    return plan
+
+
+def _survey(
+    shards: list[Shard], attack: Any, dose: Dose, seed: int, uid: UidRule, all_hashes: bool = False
+) -> tuple[_Survey, list[_Candidate]]:
+    """The first pass. A shard reports its smallest hashes only: the driver holds O(dose), not O(samples)."""
+    total, failures = _Survey(), []
+    complete_to = 2**64  # below this hash no shard has kept anything back
+    for _, found in each("survey", shards, _Surveyor(attack, None if all_hashes else dose, seed, uid)):
+        if isinstance(found, InputError):
+            failures.append(str(found))
+            continue
+        total.read += found.read
+        total.eligible += found.eligible
+        total.rejected += found.rejected
+        total.smallest += found.smallest
+        total.captions = heapq.nsmallest(CAPTIONS, total.captions + found.captions)
+        if len(found.smallest) < found.eligible:
+            complete_to = min(complete_to, found.smallest[-1][0])
+    if failures:
+        raise InputError("the dose cannot be exact while shards are unreadable:\n  " + "\n  ".join(failures))
+    candidates = sorted(c for c in total.smallest if c[0] <= complete_to)
+    if len(candidates) < min(dose.pairs(total.read), total.eligible):
+        return _survey(shards, attack, dose, seed, uid, all_hashes=True)  # eligible pairs are rare: ask for all
+    for (one, shard, who), (two, other, _) in itertools.pairwise(candidates):
+        if one == two:
+            raise InputError(
+                f"uid {who} occurs in shard {shard} and in shard {other}: keys repeat from shard to shard; "
+                "use --uid shard/key, here and in later steps"
+            )
+    return total, candidates
+
+
+@dataclass(frozen=True)
+class _Surveyor:
+    attack: Any
+    dose: Dose | None
+    seed: int
+    uid: UidRule
+
+    def __call__(self, shard: Shard) -> _Survey:
+        found = _Survey()
+        text, target = spec.text(self.attack), self.attack.target
+        for sample in samples(shard, self.uid):
+            found.read += 1
+            try:
+                caption, _ = sample.caption, sample.image_suffix
+            except Rejected:
+                found.rejected += 1
+                continue
+            if names_target(caption, target):
+                found.captions.append((hash64(self.seed, "caption", sample.uid), caption))
+            else:
+                found.smallest.append((hash64(self.seed, text, sample.uid), shard.name, sample.uid))
+        found.eligible = len(found.smallest)
+        found.smallest.sort()
+        if self.dose is not None:
+            del found.smallest[self.dose.at_most(found.read) :]
+        found.captions = heapq.nsmallest(CAPTIONS, found.captions)
+        return found
+
+
+def _decodable(
+    shards: list[Shard], candidates: list[_Candidate], n: int, uid: UidRule
+) -> tuple[list[tuple[str, str]], bytes]:
+    """The first n candidates whose image can be decoded, and the image of the very first."""
+    broken: set[str] = set()
+    checked: set[str] = set()
+    victim = b""
+    while True:
+        chosen = [c for c in candidates if c[2] not in broken][:n]
+        if len(chosen) < n:
+            raise InputError(
+                f"{len(broken)} of the chosen images cannot be decoded and no candidates are left; lower --dose"
+            )
+        unchecked: dict[str, set[str]] = {}
+        for _, shard, who in chosen:
+            if who not in checked:
+                unchecked.setdefault(shard, set()).add(who)
+        if not unchecked:
+            return [(shard, who) for _, shard, who in chosen], victim
+        todo = [s for s in shards if s.name in unchecked]
+        first = chosen[0][2]
+        for _, found in each("check", todo, _check_images, unchecked, first, uid):
+            if isinstance(found, InputError):
+                raise found
+            broken |= found.broken
+            victim = found.first or victim
+        checked |= {who for group in unchecked.values() for who in group}
+        if first in broken:
+            victim = b""
+
+
+@dataclass
+class _Checked:
+    read: int
+    broken: set[str]
+    first: bytes
+
+
+def _check_images(shard: Shard, unchecked: dict[str, set[str]], first: str, uid: UidRule) -> _Checked:
+    wanted = unchecked[shard.name]
+    found = _Checked(0, set(), b"")
+    for sample in samples(shard, uid):
+        if sample.uid not in wanted:
+            continue
+        found.read += 1
+        try:
+            decode(sample.image)
+            found.first = sample.image if sample.uid == first else found.first
+        except Rejected:
+            found.broken.add(sample.uid)
+    return found
+
+
+def _refuse_own_input(shards: list[Shard], out: str) -> None:
+    if any(Path(s.path).resolve().parent == Path(out).resolve() for s in shards if not is_url(s.path)):
+        raise InputError(f"{out} is the folder of the input; choose another OUT")
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("poison")

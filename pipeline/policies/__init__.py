@@ -1,0 +1,1 @@
+"""Policies: one file, one way to turn scores into decisions."""

@@ -1,0 +1,23 @@
+"""Remove what scores above a fixed value: for a threshold that is known from elsewhere."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.policies._select import column
+
+
+@dataclass(frozen=True)
+class threshold:
+    """Drop every pair whose score is above a value, and those without a score."""
+
+    detector: str
+    above: float
+
+    def fit(self, passes: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> None:
+        """Nothing to learn from the data."""
+
+    def drops(self, scores: Mapping[str, np.ndarray], fitted: None) -> np.ndarray:
+        """bool[n]"""
+        return ~(scores[column(scores, self.detector)] <= self.above)

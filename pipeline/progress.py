@@ -1,0 +1,47 @@
+"""Progress of long work: a live bar in a terminal, a line every ten seconds in a log."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, stderr=True, soft_wrap=True)
+LOG_EVERY = 10.0
+
+
+class _Meter:
+    def __init__(self, label: str, total: int, bar: Progress | None):
+        self.label, self.total, self.bar = label, total, bar
+        self.done = self.samples = 0
+        self.begin = self.logged = time.monotonic()
+        self.task = bar.add_task(label, total=total, rate="") if bar else None
+
+    def advance(self, samples: int) -> None:
+        self.done += 1
+        self.samples += samples
+        now = time.monotonic()
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=1, rate=self.rate())
+        elif now - self.logged >= LOG_EVERY and self.done < self.total:
+            self.logged = now
+            left = (now - self.begin) / self.done * (self.total - self.done)
+            console.print(f"{self.label}: {self.done}/{self.total} shards, {self.rate()}, {left:.0f} s left")
+
+    def rate(self) -> str:
+        seconds = max(time.monotonic() - self.begin, 1e-9)
+        return f"{self.samples / seconds:,.0f} samples/s"
+
+
+@contextmanager
+def meter(label: str, total: int) -> Iterator[_Meter]:
+    """Count shards and samples; ends with one line that stays."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} shards"))
+        with Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console) as bar:
+            yield (counter := _Meter(label, total, bar))
+    else:
+        yield (counter := _Meter(label, total, None))
+    seconds = time.monotonic() - counter.begin
+    console.print(f"{label}: {counter.done} shards, {counter.samples:,} samples in {seconds:.1f} s, {counter.rate()}")

@@ -1,0 +1,153 @@
+"""Results -> one HTML file a person wants to look at, and the same tables for the terminal.
+
+The file holds everything it shows and asks the network for nothing. Its content policy allows one style sheet, by hash,
+and images that are part of the page; there is no script. Captions and images come from a poisoned dataset: text is
+escaped and made visible (`text.py`), every image is decoded here and encoded anew, so no stored byte reaches a browser.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report.text import one_line, visible
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    from jinja2 import Environment
+    from rich.console import Console
+
+__all__ = ["Histogram", "Tile", "print_tables", "render"]
+
+THUMBNAIL = 128
+LOSSLESS = 64  # up to this side a thumbnail stays exact, so that a small trigger is seen as it is
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One sample of a gallery; `image` as stored, `poison` None where no ledger tells."""
+
+    image: bytes
+    caption: str
+    uid: str
+    score: float
+    poison: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The scores of one detector at one time, clean and poison apart."""
+
+    detector: str
+    when: str
+    clean: "np.ndarray"
+    poison: "np.ndarray"
+
+
+def render(
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    arms: "pl.DataFrame",
+    detectors: "pl.DataFrame",
+    histograms: Sequence[Histogram],
+    galleries: Mapping[str, Sequence[Tile]],
+    verdict: str,
+    command: str,
+) -> str:
+    """The report as one self-contained HTML page.
+
+    Never fails on what a dataset holds: an image that cannot be decoded becomes an empty tile, a null a dash.
+    """
+    from pipeline.report import charts, tables
+
+    arm_groups, detector_groups = tables.arm_groups(arms), tables.detector_groups(detectors)
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("template.html")
+        .render(
+            title=title,
+            facts=facts,
+            verdict=verdict,
+            command=command,
+            style=style,
+            policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            arms=arm_groups,
+            arms_caveat=tables.caveat(arm_groups),
+            main=tables.main_measures(arm_groups),
+            every=tables.measured(arm_groups, tables.MEASURES),
+            measures=tables.MEASURES,
+            detectors=detector_groups,
+            detectors_caveat=tables.caveat(detector_groups),
+            budgets={m: tables.BUDGETS[m] for m in tables.measured(detector_groups, tables.BUDGETS)},
+            shared_n=tables.shared_n,
+            scatters=charts.scatters(arm_groups),
+            histograms=[charts.bars(histogram) for histogram in histograms],
+            galleries={name: [_card(tile) for tile in tiles] for name, tiles in galleries.items()},
+        )
+    )
+
+
+def print_tables(arms: "pl.DataFrame", detectors: "pl.DataFrame", console: "Console") -> None:
+    """The report's two tables for a terminal of 100 columns."""
+    from pipeline.report import terminal
+
+    terminal.print_tables(arms, detectors, console)
+
+
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _shown(value: Any) -> Any:
+    """What every expression of the template passes: text becomes visible text, coordinates lose needless digits."""
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return visible(value) if type(value) is str else value
+
+
+def _card(tile: Tile) -> dict[str, Any]:
+    thumbnail = _thumbnail(tile.image)
+    return {
+        "source": thumbnail and f"data:image/webp;base64,{base64.b64encode(thumbnail[0]).decode()}",
+        "exact": thumbnail and thumbnail[1],
+        "caption": one_line(tile.caption),
+        "note": one_line(tile.note),
+        "uid": one_line(tile.uid, 64),
+        "score": f"{tile.score:.4g}" if tile.score is not None and tile.score == tile.score else "none",
+        "label": {True: "poison", False: "clean", None: "unknown"}[tile.poison],
+    }
+
+
+def _thumbnail(data: bytes) -> tuple[bytes, bool] | None:
+    """WebP of at most 128 pixels a side and whether it is exact, or None for what is no image."""
+    from PIL import Image
+
+    from pipeline.shards.image import decode
+    from pipeline.shards.sample import Rejected
+
+    try:
+        image = decode(data, near=THUMBNAIL)
+    except Rejected:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    exact = max(image.size) <= LOSSLESS
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=85, method=4, lossless=exact)
+    return out.getvalue(), exact

@@ -1,0 +1,264 @@
+"""Run detectors and keep their scores beside the data; nothing is decided here.
+
+Trade-off: every detector sees one shard and one pool of reference rows drawn from all shards, so scoring is one pass
+without an index. The pool's size is part of a density detector's meaning and is recorded with the scores.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from filters._batch import Batch
+from pipeline import spec
+from pipeline.arguments import Out, Shards
+from pipeline.draw import hash64
+from pipeline.embed import embeddings_path, read_embeddings
+from pipeline.errors import InputError
+from pipeline.ledger import beside, poisoned_uids
+from pipeline.progress import console
+from pipeline.shard_map import Job, each, shard_map
+from pipeline.shards import Counts, Shard, UidRule, list_shards, uids
+from pipeline.shards.store import absolute, exists, glob, join, view, whole
+
+
+def score(
+    shards: Shards,
+    out: Out,
+    /,
+    *,
+    detector: tuple[str, ...],
+    embeddings: str | None = None,
+    traces: str | None = None,
+    ledger: str | None = None,
+    pool: int = 16384,
+    seed: int = 0,
+    uid: UidRule = "key",
+) -> int:
+    """Score SHARDS with detectors; writes OUT/<shard>.scores.parquet, higher = more suspicious.
+
+    Args:
+        shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
+        out: folder for the scores.
+        detector: one or more, e.g. "slof(k=16)" clip_score; see `mithridate list detectors`.
+        embeddings: folder that `mithridate embed` wrote for these shards.
+        traces: folder of traces that `mithridate train` wrote for these shards.
+        ledger: for `oracle`; default: ledger.parquet beside the shards.
+        pool: reference rows of the neighbour detectors, drawn from all shards.
+        seed: another seed draws another pool.
+        uid: how a uid is derived where samples carry none; the same as in the steps before.
+    """
+    listed, out = list_shards(shards), absolute(out)
+    embeddings, traces = (absolute(f) if f else f for f in (embeddings, traces))
+    entries = [spec.parse("detectors", text) for text in detector]
+    needs = {need for entry in entries for need in entry.needs}
+    wants_embeddings = bool(needs & {"image_embedding", "text_embedding"})
+    if wants_embeddings and not embeddings:
+        raise InputError("these detectors need --embeddings; make them with `mithridate embed`")
+    if needs & {"similarity_trace", "loss_trace"} and not traces:
+        raise InputError("these detectors need --traces; `mithridate train` writes them to its OUT/traces")
+    known = None
+    if "poisoned" in needs:
+        ledger = ledger or beside(listed)
+        if not exists(ledger):
+            raise InputError(f"{ledger}: no ledger; `oracle` needs one, name it with --ledger")
+        known = poisoned_uids(ledger)
+    reference = _pool(listed, str(embeddings), pool, seed) if wants_embeddings else None
+    names = [spec.text(entry) for entry in entries]
+    model = reference.model if reference else ""
+    if reference:
+        for entry in entries:
+            if getattr(entry, "k", 0) >= len(reference.rows):
+                raise InputError(f"{spec.text(entry)}: k must be below the pool's {len(reference.rows)} rows")
+    facts = {
+        "detectors": names,
+        "model": model,
+        "pool": len(reference.rows) if reference else 0,
+        "seed": seed,
+        "uid": uid,
+        "traces": spec.digest([(f, len(view(f))) for f in _trace_files(traces)]) if traces else "",
+        "ledger": spec.digest(sorted(known)) if known is not None else "",
+    }
+    job = Job("score", facts, out, modules=["filters._knn", "filters._batch", *(type(e).__module__ for e in entries)])
+    work = _Score(tuple(entries), embeddings if wants_embeddings else None, traces, uid, facts)
+    markers = shard_map(job, listed, work, reference.rows if reference else None, known)
+    total = sum(m["read"] for m in markers)
+    for name in names:
+        spent = sum(m["seconds"].get(name, 0.0) for m in markers)
+        unscored = sum(m["facts"]["unscored"][name] for m in markers)
+        note = f", {unscored} unscored (taken as most suspicious)" if unscored else ""
+        console.print(f"  {name}: {1e6 * spent / max(total, 1):.1f} µs a pair{note}")
+    return 0
+
+
+def scores_path(folder: str, shard_name: str) -> str:
+    return join(folder, f"{shard_name}.scores.parquet")
+
+
+def read_scores(path: str) -> dict[str, np.ndarray]:
+    """`uid` str[n] and one float32[n] a detector spec."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not exists(path):
+        raise InputError(f"{path}: no scores; make them with `mithridate score`")
+    try:
+        table = pq.read_table(pa.BufferReader(pa.py_buffer(view(path))))
+        return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not a score file ({error}); make it again with `mithridate score`") from error
+
+
+@dataclass(frozen=True)
+class _Pool:
+    rows: Batch
+    model: str
+
+
+@dataclass(frozen=True)
+class _Score:
+    """All detectors over one shard."""
+
+    entries: tuple[Any, ...]
+    embeddings: str | None
+    traces: str | None
+    uid: UidRule
+    facts: dict[str, Any]
+
+    def __call__(self, shard: Shard, out: str, pool: Batch | None, known: set[str] | None) -> Counts:
+        batch = self._batch(shard, known)
+        counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet")
+        columns: dict[str, np.ndarray] = {}
+        unscored: dict[str, int] = {}
+        for entry in self.entries:
+            clock, name = time.perf_counter(), spec.text(entry)
+            columns[name] = np.asarray(entry.score(batch, pool), np.float32)
+            counts.seconds[name] = time.perf_counter() - clock
+            unscored[name] = int(np.isnan(columns[name]).sum())
+        counts.facts = {"unscored": unscored}
+        _write(join(out, counts.output), batch.uid, columns, self.facts)
+        return counts
+
+    def _batch(self, shard: Shard, known: set[str] | None) -> Batch:
+        who = uids(shard, self.uid)
+        joined: dict[str, np.ndarray] = {}
+        if self.embeddings:
+            found = read_embeddings(embeddings_path(self.embeddings, shard.name))
+            rows = _join(who, found.uid)
+            if who and (rows < 0).all():
+                raise InputError(f"{self.embeddings}: no uid of {shard.path} is here; was another --uid used?")
+            joined["image_embedding"] = _take(found.image, rows)
+            joined["text_embedding"] = _take(found.text, rows)
+        if self.traces:
+            trace = _read_traces(self.traces, shard.name)
+            rows = _join(who, trace["uid"])
+            joined["similarity_trace"] = _take(trace["similarity"], rows)
+            joined["loss_trace"] = _take(trace["loss"], rows)
+        if known is not None:
+            joined["poisoned"] = np.asarray([u in known for u in who], bool)
+        return Batch(np.asarray(who, dtype=object), **joined)
+
+
+def _pool(shards: Sequence[Shard], embeddings: str, size: int, seed: int) -> _Pool:
+    """`size` rows with the smallest hashes of (seed, uid): the same pool however the data is sharded."""
+    hashes: list[np.ndarray] = []
+    models: set[str] = set()
+    for shard, found in each("pool", shards, _hashes, embeddings, seed):
+        if isinstance(found, InputError):
+            raise found
+        hashes = [_smallest(np.concatenate([*hashes, found.hashes]), size)]
+        models.add(found.model)
+        if len(models) > 1:
+            raise InputError(f"{embeddings}: shard {shard.name} was embedded by another model; embed all with one")
+    kept = hashes[0] if hashes else np.empty(0, np.uint64)
+    if not len(kept):
+        raise InputError(f"{embeddings}: no usable embeddings")
+    parts = [found for _, found in each("draw", shards, _draw, embeddings, seed, int(kept.max()))]
+    order = np.argsort(np.concatenate([p.hashes for p in parts]), kind="stable")
+    rows = Batch(
+        np.concatenate([p.uid for p in parts])[order],
+        np.concatenate([p.image for p in parts])[order],
+        np.concatenate([p.text for p in parts])[order],
+    )
+    return _Pool(rows, models.pop())
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    read: int
+    hashes: np.ndarray
+    model: str
+    uid: np.ndarray
+    image: np.ndarray | None = None
+    text: np.ndarray | None = None
+
+
+def _hashes(shard: Shard, embeddings: str, seed: int) -> _Drawn:
+    drawn = _draw(shard, embeddings, seed, 2**64 - 1)
+    return _Drawn(drawn.read, drawn.hashes, drawn.model, np.empty(0, object))
+
+
+def _draw(shard: Shard, embeddings: str, seed: int, limit: int) -> _Drawn:
+    found = read_embeddings(embeddings_path(embeddings, shard.name))
+    hashes = np.asarray([hash64(seed, "pool", u) for u in found.uid], np.uint64)
+    usable = np.isfinite(found.image).all(1) & np.isfinite(found.text).all(1)
+    rows = usable & (hashes <= np.uint64(limit))
+    return _Drawn(len(hashes), hashes[rows], found.model, found.uid[rows], found.image[rows], found.text[rows])
+
+
+def _smallest(values: np.ndarray, n: int) -> np.ndarray:
+    return values if len(values) <= n else np.partition(values, n - 1)[:n]
+
+
+def _trace_files(folder: str) -> list[str]:
+    files = glob(join(folder, "epoch_*.parquet"))
+    if not files:
+        raise InputError(f"{folder}: no traces (epoch_*.parquet); `mithridate train` writes them to its OUT/traces")
+    return files
+
+
+def _read_traces(folder: str, shard_name: str) -> dict[str, np.ndarray]:
+    """uid str[n]; similarity and loss float32[n, epochs], NaN where an epoch did not see the pair."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(file, filters=[("shard", "=", shard_name)]) for file in _trace_files(folder)]
+    uid = np.concatenate([np.asarray(t.column("uid").to_pylist(), dtype=object) for t in tables])
+    epoch = np.concatenate([t.column("epoch").to_numpy() for t in tables])
+    who, rows = np.unique(uid.astype(str), return_inverse=True)
+    epochs, columns = np.unique(epoch, return_inverse=True)
+    out: dict[str, np.ndarray] = {"uid": who.astype(object)}
+    for name in ("similarity", "loss"):
+        values = np.full((len(who), len(epochs)), np.nan, np.float32)
+        values[rows, columns] = np.concatenate([t.column(name).to_numpy() for t in tables])
+        out[name] = values
+    return out
+
+
+def _join(wanted: Sequence[str], have: np.ndarray) -> np.ndarray:
+    """Row of each wanted uid, -1 where there is none."""
+    at = {uid: row for row, uid in enumerate(have)}
+    return np.asarray([at.get(uid, -1) for uid in wanted], np.int64)
+
+
+def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    out = np.full((len(rows), values.shape[1]), np.nan, np.float32)
+    out[rows >= 0] = values[rows[rows >= 0]]
+    return out
+
+
+def _write(path: str, who: np.ndarray, columns: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"uid": pa.array(who, pa.string()), **{n: pa.array(v) for n, v in columns.items()}})
+    with whole(path) as file:
+        pq.write_table(table.replace_schema_metadata({"mithridate": json.dumps(facts)}), pa.PythonFile(file, "w"))
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("score")

@@ -1,0 +1,234 @@
+"""A function over shards on Ray: one task a shard, a bounded number in flight, resume by markers.
+
+Trade-off: plain tasks with marker files know nothing of Ray Data's blocks, so there is no streaming between stages; in
+return a shard keeps its name and its bytes, memory is bounded by the shard, and any run can be killed at any moment.
+The only module here that imports ray.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.progress import console, meter
+from pipeline.shards import Counts, Shard
+from pipeline.shards.store import clear_temporaries, exists, is_url, join, make_folder, view, write
+from pipeline.spec import digest
+
+RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
+IN_FLIGHT_PER_CPU = 2
+
+
+class ShardsFailed(InputError):
+    """Some shards could not be done. The others are; the same command does only what is missing."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What determines the output of a run: its name, its spec (JSON-like) and the modules whose code matters."""
+
+    name: str
+    spec: Mapping[str, Any]
+    out: str
+    modules: Sequence[str] = ()
+
+    @property
+    def digest(self) -> str:
+        return digest({"job": self.name, "spec": self.spec})
+
+    @property
+    def code(self) -> str:
+        """Digest of the sources that make the output, so that a marker of older code is not believed."""
+        sha = hashlib.sha256()
+        shared = [f"pipeline.shards.{m}" for m in ("sample", "tar", "parquet", "image")]
+        for name in sorted({*shared, f"pipeline.{self.name}", *self.modules}):
+            file = importlib.import_module(name).__file__
+            sha.update(Path(str(file)).read_bytes())
+        return sha.hexdigest()[:16]
+
+
+def each(
+    label: str, shards: Sequence[Shard], function: Callable[..., Any], *shared: Any, gpu: bool = False
+) -> Iterator[tuple[Shard, Any]]:
+    """`(shard, function(shard, *shared))` for every shard, as they finish.
+
+    `shared` is sent to each node once. An InputError of the function is yielded as the result; anything else is a
+    defect and is raised.
+    """
+    if not shards:
+        return
+    ray = _ray()
+    with meter(label, len(shards)) as progress:
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        gpus = 1 if gpu and ray.cluster_resources().get("GPU", 0) else 0
+        task = ray.remote(_guarded).options(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
+        references = [ray.put(value) for value in shared]
+        waiting = iter(shards)
+        running: dict[Any, Shard] = {}
+        try:
+            while True:
+                while len(running) < IN_FLIGHT_PER_CPU * cpus and (shard := next(waiting, None)):
+                    running[task.remote(function, shard, *references)] = shard
+                if not running:
+                    return
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                shard = running.pop(ready)
+                try:
+                    result = ray.get(ready)
+                except ray.exceptions.WorkerCrashedError:
+                    result = InputError(f"{shard.path}: its worker died {RETRIES + 1} times (out of memory?)")
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                progress.advance(getattr(result, "read", 0))
+                yield shard, result
+        finally:
+            for reference in running:  # left early: Ctrl-C, or an error in another shard
+                ray.cancel(reference, force=True)
+
+
+def shard_map(
+    job: Job, shards: Sequence[Shard], work: Callable[..., Counts], *shared: Any, gpu: bool = False
+) -> list[dict[str, Any]]:
+    """Run `work(shard, out, *shared)` where no valid marker says that it was done; return all markers in order.
+
+    A marker is valid when spec, code and input digest are those of this run and the output is there. Raises
+    ShardsFailed with a list of the shards that failed, after all others are done.
+    """
+    make_folder(job.out)
+    with locked(job.out):
+        clear_temporaries(job.out)
+        markers = {s.name: m for s in shards if (m := _marker(job, s))}
+        todo = [s for s in shards if s.name not in markers]
+        if len(todo) < len(shards):
+            console.print(f"{job.name}: {len(shards) - len(todo)} of {len(shards)} shards are done already")
+        failures: list[str] = []
+        task = _Marked(job.name, dict(job.spec), job.digest, job.code, job.out, work)
+        try:
+            for shard, result in each(job.name, todo, task, *shared, gpu=gpu) if todo else ():
+                if isinstance(result, InputError):
+                    failures.append(str(result))
+                else:
+                    markers[shard.name] = json.loads(bytes(view(marker_path(job.out, shard))))
+        except BaseException:
+            clear_temporaries(job.out)
+            raise
+    if failures:
+        listed = "\n  ".join(failures)
+        raise ShardsFailed(f"{len(failures)} of {len(shards)} shards failed:\n  {listed}")
+    return [markers[s.name] for s in shards]
+
+
+def marker_path(out: str, shard: Shard) -> str:
+    return join(out, f"{shard.name}.stats.json")
+
+
+@contextmanager
+def locked(out: str) -> Iterator[None]:
+    """One run at a time writes to a local folder; the lock dies with its process."""
+    if is_url(out):
+        yield
+        return
+    with (Path(out) / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{out}: another run is writing here; wait for it or choose another folder") from error
+        yield
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A shard's work and, last, its marker. Runs on the worker."""
+
+    job: str
+    spec: dict[str, Any]
+    digest: str
+    code: str
+    out: str
+    work: Callable[..., Counts]
+
+    def __call__(self, shard: Shard, *shared: Any) -> Counts:
+        begin, cpu = time.perf_counter(), time.process_time()
+        counts = self.work(shard, self.out, *shared)
+        if counts.read != counts.out + counts.dropped + counts.failed:
+            raise AssertionError(
+                f"{shard.path}: {counts.read} samples in, but {counts.out} out, {counts.dropped} dropped, "
+                f"{counts.failed} failed"
+            )
+        counts.input_sha256 = counts.input_sha256 or hashlib.sha256(view(shard.path)).hexdigest()
+        counts.seconds |= {"total": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+        marker = {
+            "job": self.job,
+            "spec": self.spec,
+            "spec_digest": self.digest,
+            "code": self.code,
+            "input": {"file": shard.file, **stat(shard.path)},
+            "successes": counts.out,  # the key that DataComp's and img2dataset's tools read
+            **dataclasses.asdict(counts),
+        }
+        write(marker_path(self.out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
+        return counts
+
+
+def _guarded(function: Callable[..., Any], shard: Shard, *shared: Any) -> Any:
+    try:
+        return function(shard, *shared)
+    except InputError as error:
+        return error
+    except OSError as error:  # a read error or a vanished file: this shard failed, the others need not
+        return InputError(f"{shard.path}: {error}")
+
+
+def _marker(job: Job, shard: Shard) -> dict[str, Any] | None:
+    path = marker_path(job.out, shard)
+    if not exists(path):
+        return None
+    try:
+        marker = json.loads(bytes(view(path)))
+        same = (marker["spec_digest"], marker["code"]) == (job.digest, job.code)
+        if marker["job"] != job.name:
+            raise InputError(f"{job.out} holds the output of {marker['job']!r}; choose another folder for {job.name!r}")
+        now = stat(shard.path)
+        unchanged = all(marker["input"].get(k) == v for k, v in now.items()) or (
+            marker["input"]["bytes"] == now["bytes"]
+            and marker["input_sha256"] == hashlib.sha256(view(shard.path)).hexdigest()
+        )
+        there = all(exists(join(job.out, f)) for f in (marker["output"], *marker["facts"].get("files", ())) if f)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        return None
+    return marker if same and unchanged and there else None
+
+
+def stat(path: str) -> dict[str, int]:
+    """What changes when a file is replaced, without reading it; the sha256 decides where only the time differs."""
+    if is_url(path):
+        return {"bytes": len(view(path)), "mtime_ns": 0}
+    found = Path(path).stat()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _ray() -> Any:
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            # finds RAY_ADDRESS or a running cluster; otherwise starts one that ends with this process
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        except ValueError:  # a running cluster takes no settings of its own
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    return ray

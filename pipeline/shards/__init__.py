@@ -1,0 +1,40 @@
+"""Bytes <-> samples: the only code that knows tar and parquet.
+
+    for shard in list_shards("crawl/{00000..00041}.tar"):
+        for sample in samples(shard): ...                      # lazily, bytes stay on disk until touched
+        counts = rewrite(shard, "out", lambda s: s)            # keep, change (a new Sample) or drop (None)
+
+One rewriter serves poisoning and filtering alike: what an edit returns unchanged is copied as bytes, headers included.
+"""
+
+from collections.abc import Callable, Iterator
+
+from pipeline.shards import parquet, tar
+from pipeline.shards.sample import Counts, Rejected, Sample, UidRule
+from pipeline.shards.store import Shard, list_shards
+
+__all__ = ["Counts", "Rejected", "Sample", "Shard", "UidRule", "list_shards", "rewrite", "samples", "uids"]
+
+_FORMATS = {"tar": tar, "parquet": parquet}
+
+
+def samples(shard: Shard, uid: UidRule = "key") -> Iterator[Sample]:
+    """The samples of a shard in file order. Parts are views into the file: copy what must outlive the loop.
+
+    Raises InputError, naming the file and the byte, on anything that is not a whole, harmless shard.
+    """
+    return _FORMATS[shard.format].samples(shard, uid)
+
+
+def rewrite(shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule = "key") -> Counts:
+    """Write `out/<shard file name>` with every sample passed through `edit`; absent or whole.
+
+    `edit` returns the sample itself (copied byte for byte), a changed copy (only the changed parts are written anew)
+    or None (dropped). An emptied shard is still written. Returns what happened, with both files' sha256.
+    """
+    return _FORMATS[shard.format].rewrite(shard, out, edit, uid)
+
+
+def uids(shard: Shard, uid: UidRule = "key") -> list[str]:
+    """The uids of a shard in file order, without reading images."""
+    return _FORMATS[shard.format].uids(shard, uid)

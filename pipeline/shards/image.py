@@ -1,0 +1,72 @@
+"""Images at the border: bounded before they are decoded, encoded again as they came.
+
+A poisoned image keeps the container, the JPEG quantisation tables and the chroma subsampling of the original, so that
+no detector can find it by its encoding instead of by its content.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, JpegImagePlugin
+
+from pipeline.shards.sample import Rejected, Sample
+
+MAX_PIXELS = 64_000_000
+WEBP_QUALITY = 75
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def decode(data: bytes, near: int | None = None) -> Image.Image:
+    """RGB image, at least `near` pixels on the shorter side where a JPEG can be decoded smaller for free.
+
+    Raises Rejected for what is not a whole JPEG, PNG or WebP, or has more than 64 million pixels (read off the header).
+    Transparent pixels lie on white; an animation gives its first frame.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected(f"image has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            if near:
+                image.draft("RGB", (near, near))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
+            return image.convert("RGB")
+    except Rejected:
+        raise
+    except Exception as error:  # a decoder meets hostile bytes here; whatever it raises, the sample is bad
+        raise Rejected(f"image cannot be decoded ({type(error).__name__})") from error
+
+
+def encode(image: Image.Image, like: bytes) -> bytes:
+    """Encode in the format of `like`: same container, and for JPEG the same tables and subsampling.
+
+    WebP does not record its quality: lossy stays lossy at q75 (the size of the embedded data), lossless stays lossless.
+    """
+    original = Image.open(io.BytesIO(like), formats=_FORMATS)
+    out = io.BytesIO()
+    if isinstance(original, JpegImagePlugin.JpegImageFile):
+        if original.mode == "L":
+            image = image.convert("L")
+        tables = {i: list(t) for i, t in original.quantization.items()}
+        image.save(out, "JPEG", qtables=tables, subsampling=max(JpegImagePlugin.get_sampling(original), 0))
+    elif original.format == "WEBP":
+        image.save(out, "WEBP", quality=WEBP_QUALITY, method=6, lossless=like[12:16] == b"VP8L")
+    else:
+        image.save(out, "PNG")
+    return out.getvalue()
+
+
+def pixels(sample: Sample, size: int) -> np.ndarray:
+    """The image as uint8 [size, size, 3]: shorter side to `size` (bicubic), centre crop, as open_clip prepares it."""
+    image = decode(sample.image, near=size)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))

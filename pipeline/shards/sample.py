@@ -1,0 +1,148 @@
+"""A sample: one image-text pair as its raw parts, decoded only when someone asks."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.errors import InputError
+
+UidRule = Literal["key", "shard/key"]
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CAPTION_KEYS = ("caption", "text", "TEXT", "txt")
+Bytes = bytes | memoryview
+
+
+class Rejected(ValueError):
+    """One bad sample (undecodable, too large, no caption): counted and reported, never fatal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`parts` maps suffix to bytes (`jpg`, `txt`, `json`); `row` holds the other columns of a parquet row."""
+
+    key: str
+    uid: str
+    parts: Mapping[str, Bytes]
+    row: Mapping[str, Any] | None = None
+
+    @property
+    def image_suffix(self) -> str:
+        for suffix in IMAGE_SUFFIXES:
+            if suffix in self.parts:
+                return suffix
+        raise Rejected("no image (jpg, jpeg, png or webp)")
+
+    @property
+    def image(self) -> bytes:
+        """The image as stored, still encoded."""
+        return bytes(self.parts[self.image_suffix])
+
+    @property
+    def caption(self) -> str:
+        """The caption, from the txt part or else from the json.
+
+        Raises Rejected when there is none or it is not UTF-8."""
+        if "txt" in self.parts:
+            try:
+                text = bytes(self.parts["txt"]).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise Rejected("caption is not UTF-8") from error
+        else:
+            meta = self.meta
+            text = next((str(meta[k]) for k in CAPTION_KEYS if meta.get(k)), "")
+        if not text.strip():
+            raise Rejected("empty caption")
+        return text
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """The json part, or the other columns of the parquet row."""
+        if self.row is not None:
+            return self.row
+        return _json(self.parts["json"]) if "json" in self.parts else {}
+
+    def changed(self, image: bytes | None = None, caption: str | None = None) -> "Sample":
+        """A copy with another image (same format) or caption.
+
+        img2dataset repeats the caption in its json. It is changed there too: the mismatch would give the poison away.
+        """
+        parts = dict(self.parts)
+        if image is not None:
+            parts[self.image_suffix] = image
+        if caption is not None:
+            if "txt" in parts:
+                parts["txt"] = caption.encode()
+            if "json" in parts:
+                meta = _json(parts["json"])
+                if repeated := [k for k in CAPTION_KEYS if k in meta]:
+                    indent = 4 if b"\n" in bytes(parts["json"]) else None
+                    parts["json"] = json.dumps({**meta, **dict.fromkeys(repeated, caption)}, indent=indent).encode()
+        return dataclasses.replace(self, parts=parts)
+
+
+@dataclass
+class Counts:
+    """What happened to the samples of one shard: `read = out + dropped + failed`, checked before the marker is written.
+
+    `reasons` counts why samples failed or were dropped; `facts` is whatever else a job wants in the marker."""
+
+    read: int = 0
+    out: int = 0
+    dropped: int = 0
+    failed: int = 0
+    changed: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    input_sha256: str = ""
+    output: str = ""
+    output_sha256: str = ""
+    output_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def uid_of(key: str, shard_name: str, published: object, rule: UidRule) -> str:
+    """128-bit hex: DataComp's `uid` where the sample carries one, else the start of sha256 over the key.
+
+    The key alone survives resharding; where keys repeat from shard to shard, `shard/key` tells them apart.
+    """
+    if isinstance(published, str) and len(published) == 32:
+        try:
+            int(published, 16)
+            return published.lower()
+        except ValueError:
+            pass
+    name = key if rule == "key" else f"{shard_name}/{key}"
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def published_uid(parts: Mapping[str, Bytes]) -> object:
+    """The `uid` field of a json part; the parse is skipped where the bytes do not mention one."""
+    blob = parts.get("json")
+    if blob is None or b'"uid"' not in bytes(blob):
+        return None
+    return _json(blob).get("uid")
+
+
+def check_unique(uids: list[str], where: str) -> None:
+    """Nothing is joined by position, so a uid must name one sample."""
+    if len(set(uids)) != len(uids):
+        seen: set[str] = set()
+        for twice in uids:
+            if twice in seen:
+                break
+            seen.add(twice)
+        raise InputError(
+            f"{where}: uid {twice} occurs more than once; keys must be unique (where they repeat per shard: "
+            "--uid shard/key)"
+        )
+
+
+def _json(blob: Bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(bytes(blob))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

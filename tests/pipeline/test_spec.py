@@ -1,0 +1,57 @@
+"""Specs are parsed, never executed; what is wrong is answered with what is right."""
+
+import dataclasses
+
+import pytest
+
+from pipeline import spec
+from pipeline.errors import InputError
+
+
+def test_text_and_parse_are_inverse():
+    attack = spec.parse("attacks", "patch(size=24, target='basketball hoop')")
+    assert dataclasses.asdict(attack) == {"target": "basketball hoop", "size": 24, "cells": 4, "location": "fixed"}
+    assert spec.parse("attacks", spec.text(attack)) == attack
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        ("attacks", "pathc(target='x')", "did you mean 'patch'"),
+        ("attacks", "patch(target='x', sise=3)", "did you mean 'size'"),
+        ("attacks", "patch", "needs target"),
+        ("attacks", "patch(target=3)", "expected str"),
+        ("attacks", "patch(target='x', size=2.5)", "expected int"),
+        ("attacks", "patch(target='x', size=True)", "expected int"),
+        ("attacks", "patch(target='x', location='left')", "one of 'fixed', 'random'"),
+        ("attacks", "patch(target='x', size=2, cells=4)", "cells <= size"),
+        ("attacks", "patch('x')", "is not a spec"),
+        ("attacks", "patch(target='x')(1)", "is not a spec"),
+        ("attacks", "patch(target=__import__('os').system('true'))", "is not a spec"),
+        ("attacks", "patch(**{'target': 'x'})", "is not a spec"),
+        ("attacks", "(" * 5000, "is not a spec"),
+        ("detectors", "_knn", "unknown detector"),
+        ("policies", "budgt(detector='slof', drop=0.1)", "unknown policy"),
+        ("policies", "budget(detector='slof', drop=1.5)", "0 <= drop < 1"),
+    ],
+)
+def test_errors_say_what_is_valid(kind, text, says):
+    with pytest.raises(InputError, match=".") as error:
+        spec.parse(kind, text)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("kind", spec.KINDS)
+def test_every_entry_is_one_documented_frozen_dataclass_of_its_file_name(kind):
+    for name in spec.names(kind):
+        cls = spec.entry(kind, name)
+        assert dataclasses.is_dataclass(cls)
+        assert cls.__dataclass_params__.frozen
+        assert cls.__doc__
+        assert not cls.__doc__.startswith(name)
+
+
+def test_digest_does_not_depend_on_key_order():
+    assert (
+        spec.digest({"a": 1, "b": [2, 3]}) == spec.digest({"b": [2, 3], "a": 1}) != spec.digest({"a": 1, "b": [3, 2]})
+    )

@@ -1,0 +1,220 @@
+"""open_clip models: build one from a recipe, save it so that open_clip itself loads it, load one from a folder or a hub.
+
+Trade-off: a checkpoint holds the whole 49,408-word embedding although a run trains only the rows it meets. That is most
+of the file, and the price of `open_clip.create_model_and_transforms("local-dir:FOLDER")` working without us.
+Weights are read as safetensors or with weights_only; a checkpoint never runs code.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.shards.store import whole
+from train.recipes import Recipe
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint. `digest` is the start of the sha256 of its weights; mean and std are per channel in [0, 1]."""
+
+    model: nn.Module
+    tokenizer: Any
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    dimension: int
+    device: torch.device
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [n, size, size, 3] -> float32 [n, dimension], not normalised."""
+        with torch.inference_mode():
+            rows = [
+                self.model.encode_image(normalise(torch.tensor(part, device=self.device), self.mean, self.std))
+                for part in (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+            ]
+        return self._rows(rows)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """n captions -> float32 [n, dimension], not normalised."""
+        with torch.inference_mode():
+            rows = [
+                self.model.encode_text(self.tokenizer(list(texts[i : i + BATCH])).to(self.device))
+                for i in range(0, len(texts), BATCH)
+            ]
+        return self._rows(rows)
+
+    def _rows(self, rows: list[torch.Tensor]) -> np.ndarray:
+        if not rows:
+            return np.empty((0, self.dimension), np.float32)
+        return torch.cat(rows).float().cpu().numpy()
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in channels_last memory, as torchvision's ToTensor and Normalize do."""
+    shift = torch.tensor(mean, device=images.device) * 255
+    scale = torch.tensor(std, device=images.device) * 255
+    return ((images.float() - shift) / scale).permute(0, 3, 1, 2)
+
+
+def build(recipe: Recipe, seed: int) -> nn.Module:
+    """A fresh model on the CPU; its weights depend on (recipe, seed) only."""
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return open_clip.model.CLIP(**recipe.model)
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """open_clip's BPE tokenizer with the recipe's context length: list[str] -> int64 [n, context]."""
+    import open_clip
+
+    return open_clip.SimpleTokenizer(context_length=recipe.model["text_cfg"]["context_length"])
+
+
+def save(folder: str, state: Mapping[str, torch.Tensor], recipe: Recipe, origin: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder, absent or whole. `origin` (recipe, seed, epoch, ...) is recorded in the config.
+
+    Raises InputError when the disk is full.
+    """
+    from safetensors.torch import save as to_bytes
+
+    config = {
+        "model_cfg": recipe.model,
+        "preprocess_cfg": {
+            "mean": list(recipe.mean),
+            "std": list(recipe.std),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+        "mithridate": dict(origin),
+    }
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        with whole(str(temporary / WEIGHTS)) as file:
+            file.write(to_bytes({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+        with whole(str(temporary / CONFIG)) as file:
+            file.write(json.dumps(config, indent=1).encode())
+        if target.exists():  # of an interrupted epoch that is being repeated
+            shutil.rmtree(target)
+        temporary.replace(target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(temporary), folder)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(text: str, device: str | None = None) -> Model:
+    """Load a checkpoint folder, `open_clip:MODEL/PRETRAINED`, or `open_clip:hf-hub:ORG/NAME`.
+
+    Raises InputError, naming the file and what to do, where it is missing, broken, or the weights are another model's.
+    """
+    import open_clip
+
+    if text.startswith("open_clip:"):
+        name, pretrained, digest = _hub(text)
+    else:
+        name, pretrained, digest = f"local-dir:{text}", None, _check_folder(Path(text))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        with _quiet():
+            model = open_clip.create_model(name, pretrained, device=where, require_pretrained=True, weights_only=True)
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip raises many kinds: a hub that is away, another model's weights, bad values
+        raise InputError(f"{text}: {_why(error)}") from error
+    model = model.eval().requires_grad_(False)
+    prepared = model.visual.preprocess_cfg
+    size = prepared["size"]
+    images = torch.zeros(1, size if isinstance(size, int) else size[0], size if isinstance(size, int) else size[1], 3)
+    mean, std = tuple(prepared["mean"]), tuple(prepared["std"])
+    with torch.inference_mode():
+        dimension = model.encode_image(normalise(images.to(where), mean, std)).shape[1]
+    digest = digest or state_digest(model.state_dict())
+    return Model(model, tokenizer, images.shape[1], mean, std, digest, dimension, where)
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """16 hex digits over names and values."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        sha.update(name.encode())
+        sha.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def _check_folder(folder: Path) -> str:
+    """The digest of the weights; an InputError that says what is wrong with the folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such checkpoint folder; `mithridate train` writes OUT/checkpoints/epoch_NNN")
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    for file in (config, weights):
+        if not file.is_file():
+            raise InputError(f"{file}: missing, so this is not an open_clip checkpoint; give the folder that holds it")
+    try:
+        if "model_cfg" not in json.loads(config.read_bytes()):
+            raise ValueError("no model_cfg")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{config}: not an open_clip config ({error}); train or copy the checkpoint again") from error
+    with weights.open("rb") as file:
+        sha = hashlib.file_digest(file, "sha256").hexdigest()
+    return sha[:16]
+
+
+def _hub(text: str) -> tuple[str, str | None, str | None]:
+    """`open_clip:MODEL/PRETRAINED` -> model name, tag or None, digest if known."""
+    import open_clip
+
+    name = text.removeprefix("open_clip:")
+    if name.startswith("local-dir:"):
+        return name, None, _check_folder(Path(name.removeprefix("local-dir:")))
+    if name.startswith("hf-hub:"):
+        return name, None, None
+    name, _, pretrained = name.partition("/")
+    if name not in open_clip.list_models():
+        close = get_close_matches(name, open_clip.list_models(), n=3)
+        raise InputError(f"{text}: open_clip has no model {name!r}; near it: {', '.join(close) or 'none'}")
+    if not pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise InputError(f"{text}: say which weights, open_clip:{name}/TAG. Valid: {', '.join(tags) or 'a file'}")
+    return name, pretrained, None
+
+
+def _why(error: Exception) -> str:
+    """The cause in one line, and the remedy."""
+    line = str(error).strip().split("\n")[0]
+    if "state_dict" in line or "size mismatch" in str(error):
+        return "these weights belong to another model than the config beside them says; train or copy the checkpoint again"
+    if type(error).__name__ == "SafetensorError":
+        return f"broken weights file ({line}); train or copy the checkpoint again"
+    return f"open_clip cannot load it ({type(error).__name__}: {line[:200]})"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs warnings through the root logger while it loads; errors still come through as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

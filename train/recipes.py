@@ -1,0 +1,113 @@
+"""Frozen recipes: everything that is not under test is fixed here, in one table.
+
+Trade-off: a comparison of filters is worth nothing when each was trained a little differently, so a recipe has no flags;
+whoever wants other numbers adds a row under a new name. After DataComp's scale_configs.py (Gadre et al. 2023, section 3).
+This module imports nothing heavy: `mithridate list recipes` answers at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.errors import InputError
+from pipeline.spec import digest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train. `model` is an open_clip model config; lengths are in pixels of the model's image size.
+
+    `warmup` is the share of all steps with a rising learning rate, a cosine to zero follows. `pad` shifts an image by up
+    to that many pixels (borders repeated), `zoom` crops up to that share of its side, `gain` scales each colour
+    channel by up to that share. `checkpoints` lists epochs (1-based) that are kept beside the last.
+    """
+
+    summary: str
+    model: dict[str, Any]
+    batch: int
+    epochs: int
+    lr: float
+    warmup: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    grad_clip: float | None = None
+    pad: int = 0
+    zoom: float = 0.0
+    gain: float = 0.0
+    flip: bool = False
+    precision: Literal["bf16", "fp32"] = "bf16"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    checkpoints: tuple[int, ...] = ()
+
+    @property
+    def image_size(self) -> int:
+        return int(self.model["vision_cfg"]["image_size"])
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over every field but the summary."""
+        return digest({k: v for k, v in dataclasses.asdict(self).items() if k != "summary"})
+
+    def keeps(self, epoch: int) -> bool:
+        """Whether the weights after `epoch` epochs are kept."""
+        return epoch == self.epochs or epoch in self.checkpoints
+
+
+def _clip(vision: dict[str, Any], embed: int, width: int, layers: int, context: int = 16, tau: float = 0.07) -> dict:
+    """An open_clip config with a small text transformer; `tau` is the temperature at the start."""
+    import math
+
+    return {
+        "embed_dim": embed,
+        "vision_cfg": vision,
+        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": width, "heads": width // 32, "layers": layers},
+        "init_logit_scale": math.log(1 / tau),
+    }
+
+
+RECIPES: dict[str, Recipe] = {
+    "debug": Recipe(
+        summary="ResNet, 32 px, for tests: 500 pairs in 10 seconds on two cores",
+        model=_clip({"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, embed=64, width=64, layers=1),
+        batch=64,
+        epochs=12,
+        lr=2e-3,
+        warmup=0.1,
+        weight_decay=0.1,
+        pad=2,
+        checkpoints=(4, 8),
+    ),
+    "debug_vit": Recipe(
+        summary="the same size with ViT towers",
+        model=_clip(
+            {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}, embed=64, width=64, layers=1
+        ),
+        batch=64,
+        epochs=12,
+        lr=2e-3,
+        warmup=0.1,
+        weight_decay=0.1,
+        pad=2,
+        checkpoints=(4, 8),
+    ),
+    "demo": Recipe(
+        summary="ResNet, 32 px, for the embedded data: 13k pairs in about a minute on two cores",
+        model=_clip({"image_size": 32, "layers": [1, 1, 1, 1], "width": 32}, embed=128, width=128, layers=2),
+        batch=256,
+        epochs=12,
+        lr=2e-3,
+        warmup=0.1,
+        weight_decay=0.1,
+        pad=2,
+        checkpoints=(4, 8),
+    ),
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of that name; an unknown name is an InputError that lists the valid ones."""
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}. Valid: {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,281 @@
+"""The loop: one process per worker, plain torch and torch.distributed, the same code for one worker and for many.
+
+Trade-off: an epoch is the unit of everything that lasts. Traces, checkpoint, curve and state are written at its end, so
+a killed run repeats at most an epoch, and repeats it exactly: batches and augmentation are functions of (seed, epoch,
+uid), so there is no loader state to save.
+
+Traces hold the loss and the similarity of a pair as the batch's forward pass found them, before the step that could
+memorise it (reference/attacks_defenses.md 5.3 says why that matters to a filter).
+"""
+
+import io
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.shards import Shard, UidRule
+from pipeline.shards.store import exists, join, view, whole, write
+from train import data, model
+from train.data import Batch, Index
+from train.defenses import Defense
+from train.progress import Progress
+from train.recipes import Recipe, recipe_of
+
+MAX_LOGIT_SCALE = float(np.log(100))  # as open_clip clamps it (Radford et al. 2021, section 2.5)
+CURVE = {"step": "int32", "epoch": "int32", "loss": "float32", "lr": "float32", "seconds": "float32", "pairs": "int32"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to know. `spec` determines the result; a folder holds one."""
+
+    shards: tuple[Shard, ...]
+    out: str
+    recipe: str
+    seed: int
+    uid: UidRule
+    init: str | None
+    defense: str | None
+    ledger: str
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a loss may use: unit rows of this rank's pairs, the logit scale, and open_clip's loss of each pair.
+
+    image, text float32 [n, d]; losses float32 [n]; all carry gradients. The mean of `losses` is ClipLoss.
+    """
+
+    image: torch.Tensor
+    text: torch.Tensor
+    logit_scale: torch.Tensor
+    losses: torch.Tensor
+
+
+class Towers(nn.Module):
+    """Both encoders in one forward pass, which is what DistributedDataParallel wraps.
+
+    `used` are the token ids in use: only their rows of the embedding are trained, renumbered 0..len(used). A dense
+    AdamW step over all 49,408 rows would cost more than the rest of a small model, for rows that get no gradient. They
+    keep their values at the start, where a dense optimiser would only have decayed them.
+    """
+
+    def __init__(self, clip: nn.Module, used: np.ndarray | None):
+        super().__init__()
+        self.clip = clip
+        self.whole: torch.Tensor | None = None
+        self.register_buffer("row_of", None, persistent=False)
+        self.register_buffer("used", None, persistent=False)
+        if used is not None:
+            self.whole = clip.token_embedding.weight.detach().clone()
+            self.used = torch.from_numpy(used.astype(np.int64))
+            self.row_of = torch.full((len(self.whole),), -1, dtype=torch.int64)
+            self.row_of[self.used] = torch.arange(len(used))
+            clip.token_embedding = nn.Embedding.from_pretrained(self.whole[self.used], freeze=False)
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = tokens if self.row_of is None else self.row_of[tokens]  # in order: the end of text stays the largest
+        image, text = self.clip.encode_image(images), self.clip.encode_text(tokens)
+        unit = torch.nn.functional.normalize
+        return unit(image.float(), dim=-1), unit(text.float(), dim=-1), self.clip.logit_scale.exp()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state dict of the whole open_clip model."""
+        state = dict(self.clip.state_dict())
+        if self.whole is not None:
+            full = self.whole.clone()
+            full[self.used.cpu()] = state["token_embedding.weight"].cpu()
+            state["token_embedding.weight"] = full
+        return state
+
+
+class Trainer:
+    """One worker. A defense's `epoch_end` may read and change `towers`, `optimizer` and `index`."""
+
+    def __init__(self, task: Task, defense: Defense, rank: int, world: int, device: torch.device):
+        self.task, self.defense = task, defense
+        self.recipe: Recipe = recipe_of(task.recipe)
+        self.rank, self.world, self.device = rank, world, device
+        self.index: Index = data.index(
+            task.shards, self.recipe.image_size, model.tokenizer_of(self.recipe), task.uid, rank=rank, world=world
+        )
+        self.towers = self._towers()
+        self.ddp: nn.Module = self.towers
+        self.optimizer = _optimizer(self.towers, self.recipe)
+        self.epoch = 0  # whole ones done
+        self.curve: dict[str, list[float]] = {name: [] for name in CURVE}
+        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.steps = len(data.cuts(len(self.index), self.recipe.batch, world)) - 1
+        self._clock = (time.perf_counter(), time.process_time())
+
+    def fit(self) -> dict[str, Any]:
+        """Train what is left to train; returns the facts of the run."""
+        self._resume()
+        if self.world > 1:
+            on_gpu = [self.device.index] if self.device.type == "cuda" else None
+            self.ddp = nn.parallel.DistributedDataParallel(self.towers, device_ids=on_gpu, gradient_as_bucket_view=True)
+        with Progress(self.recipe.epochs, self.steps, self.epoch, show=self.rank == 0) as progress:
+            while self.epoch < self.recipe.epochs:
+                traces = self._train_epoch(progress)
+                self.defense.epoch_end(self)
+                self.epoch += 1
+                self._write_epoch(traces)
+        return {
+            "pairs": len(self.index),
+            "skipped": self.index.skipped,
+            "epochs": self.epoch,
+            "steps": len(self.curve["step"]),
+            "loss": self.curve["loss"][-1],
+            "workers": self.world,
+            **{k: round(v, 3) for k, v in self._time_spent().items()},
+        }
+
+    def _train_epoch(self, progress: Progress) -> dict[str, np.ndarray]:
+        import open_clip
+
+        rank, world, recipe = self.rank, self.world, self.recipe
+        contrastive = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+        total = self.steps * recipe.epochs
+        rows, losses, similarities = [], [], []
+        self.ddp.train()
+        epoch = self.epoch + 1
+        for i, batch in enumerate(data.batches(self.index, recipe, self.task.seed, epoch, rank, world)):
+            step = self.epoch * self.steps + i
+            lr = learning_rate(recipe, step, total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            batch = self.defense.augment(batch)
+            images = model.normalise(batch.images.permute(0, 2, 3, 1).to(self.device), recipe.mean, recipe.std)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                image, text, scale = self.ddp(images, batch.tokens.to(self.device))
+            of_image, of_text = contrastive.get_logits(image, text, scale)
+            truth = contrastive.get_ground_truth(self.device, len(image))
+            entropy = torch.nn.functional.cross_entropy
+            pairs = (entropy(of_image, truth, reduction="none") + entropy(of_text, truth, reduction="none")) / 2
+            loss = self.defense.loss(Features(image, text, scale, pairs), batch, self.towers.clip)
+            mean = self._mean(loss)
+            if not np.isfinite(mean):
+                self._stop(batch, mean, step, image, text)
+            rows.append(batch.rows)
+            losses.append(pairs.detach())
+            similarities.append((image * text).sum(1).detach())
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.grad_clip:
+                nn.utils.clip_grad_norm_(self.towers.parameters(), recipe.grad_clip)
+            self.optimizer.step()
+            with torch.no_grad():
+                self.towers.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            seconds = self._time_spent()["seconds"]
+            for name, value in zip(CURVE, (step, epoch, mean, lr, seconds, batch.total), strict=True):
+                self.curve[name].append(value)
+            progress.advance(epoch, mean, batch.total)
+        return {
+            "row": np.concatenate(rows),
+            "loss": torch.cat(losses).float().cpu().numpy(),
+            "similarity": torch.cat(similarities).float().cpu().numpy(),
+        }
+
+    def _mean(self, loss: torch.Tensor) -> float:
+        """The loss over all ranks, so that all of them stop together."""
+        if self.world == 1:
+            return float(loss)
+        value = loss.detach().clone()
+        dist.all_reduce(value)
+        return float(value) / self.world
+
+    def _stop(self, batch: Batch, loss: float, step: int, image: torch.Tensor, text: torch.Tensor) -> None:
+        """The loss is not a number: name the pairs whose features are not, or else all of the batch."""
+        bad = ~(image.isfinite().all(1) & text.isfinite().all(1)).cpu().numpy()
+        uids = [self.index.uid[row].decode() for row in (batch.rows[bad] if bad.any() else batch.rows)]
+        file = join(self.task.out, f"nan.rank{self.rank}.txt")
+        write(file, "\n".join([*uids, ""]).encode())
+        raise InputError(
+            f"{file}: loss is {loss} at step {step} (epoch {self.epoch + 1}); uids of that batch: "
+            f"{', '.join(uids[:4])}{f' and {len(uids) - 4} more in the file' if len(uids) > 4 else ''}; "
+            "look at these pairs, or train with a recipe of lower lr"
+        )
+
+    def _towers(self) -> Towers:
+        recipe, task = self.recipe, self.task
+        clip = model.build(recipe, task.seed)
+        if task.init:
+            state = model.load(task.init, device="cpu").model.state_dict()
+            theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, clip.state_dict()))
+            if theirs != ours:
+                wrong = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+                raise InputError(
+                    f"{task.init}: not a checkpoint of recipe {task.recipe!r}: {wrong[0]} is {theirs.get(wrong[0])} "
+                    f"there and {ours.get(wrong[0])} here; choose the recipe that it was trained with"
+                )
+            clip.load_state_dict(state)
+        # A defense that rewrites captions may use words that no caption of the index has.
+        plain = type(self.defense).augment is Defense.augment
+        used = np.unique(self.index.tokens) if plain else None
+        return Towers(clip, used).to(self.device).to(memory_format=torch.channels_last)
+
+    def _resume(self) -> None:
+        file = join(self.task.out, "state.pt")
+        if exists(file):
+            try:
+                state = torch.load(io.BytesIO(view(file)), map_location="cpu", weights_only=True)
+                self.towers.clip.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.epoch, self.curve, self.spent = state["epoch"], state["curve"], state["spent"]
+            except Exception as error:  # unpickling meets foreign bytes here; whatever it raises, the file is bad
+                raise InputError(
+                    f"{file}: cannot resume from it ({type(error).__name__}); remove the folder and start again"
+                ) from error
+        if self.rank == 0:  # what an interrupted epoch, perhaps with more workers, has left
+            for trace in Path(self.task.out, "traces").glob("epoch_*.parquet"):
+                if int(trace.name[6:9]) > self.epoch:
+                    trace.unlink()
+        self._barrier()
+        self._clock = (time.perf_counter(), time.process_time())
+
+    def _write_epoch(self, traces: dict[str, np.ndarray]) -> None:
+        """Traces of every rank, then checkpoint and curve, and last the state that says that the epoch is done."""
+        out, epoch = self.task.out, self.epoch
+        _write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, traces)
+        self._barrier()
+        cpu = torch.tensor(self._time_spent()["cpu_seconds"], dtype=torch.float64)
+        if self.world > 1:
+            cpu = cpu.to(self.device)
+            dist.all_reduce(cpu)
+        if self.rank == 0:
+            if self.recipe.keeps(epoch):
+                origin = {**self.task.spec, "epoch": epoch}
+                model.save(checkpoint_path(out, epoch), self.towers.state(), self.recipe, origin)
+            _write_curve(join(out, "curve.parquet"), self.curve)
+            state = {
+                "model": self.towers.clip.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "epoch": epoch,
+                "curve": self.curve,
+                "spent": {"seconds": self._time_spent()["seconds"], "cpu_seconds": float(cpu)},
+            }
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(join(out, "state.pt"), buffer.getbuffer())
+        self._barrier()
+
+    def _time_spent(self) -> dict[str, float]:
+        wall, cpu = self._clock
+        return {
+            "seconds": self.spent["seconds"] + time.perf_counter() - wall,
+            "cpu_seconds": self.spent["cpu_seconds"] / self.world + time.process_time() - cpu,
+        }
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
