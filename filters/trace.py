@@ -20,4 +20,6 @@ class trace:
     until: int = 0
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        return -np.nanmean(batch.similarity_trace[:, : self.until or None], axis=1)
+        seen = batch.similarity_trace[:, : self.until or None]
+        with np.errstate(invalid="ignore"):  # a pair that training skipped is 0 / 0: NaN
+            return -np.nansum(seen, axis=1) / np.isfinite(seen).sum(axis=1)

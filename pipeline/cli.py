@@ -65,3 +65,7 @@ def version_text() -> str:
         return f"mithridate {version('mithridate')}"
     except PackageNotFoundError:  # run from a working directory, as on a Ray cluster
         return "mithridate from source"
+
+
+if __name__ == "__main__":
+    main()

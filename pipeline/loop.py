@@ -124,7 +124,7 @@ class Run:
 
     def _arm(self, name: str, arm: Filter | None, shards: str) -> dict[str, Any]:
         from train.evaluate import evaluate
-        from train.launch import train
+        from train.launch import final_checkpoint, train
 
         folder = self.folder / "undefended" if arm is None else Path(shards).parent / "model"
         self._stage(f"train {name}", train, shards, str(folder), recipe=self.plan.recipe, seed=self.seed)
@@ -132,7 +132,7 @@ class Run:
         self._stage(
             f"evaluate {name}",
             evaluate,
-            facts["checkpoint"],
+            final_checkpoint(str(folder)),
             str(folder / "evaluation"),
             shards=self.plan.evaluation,
             classes=self.plan.classes,

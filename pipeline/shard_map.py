@@ -87,10 +87,10 @@ def each(
                 shard = running.pop(ready)
                 try:
                     result = ray.get(ready)
-                except ray.exceptions.WorkerCrashedError:
-                    result = InputError(f"{shard.path}: its worker died {RETRIES + 1} times (out of memory?)")
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
+                except ray.exceptions.RayError as error:  # the worker or its node died, out of memory, …
+                    result = InputError(f"{shard.path}: lost {RETRIES + 1} times ({type(error).__name__})")
                 progress.advance(getattr(result, "read", 0))
                 yield shard, result
         finally:

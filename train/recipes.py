@@ -62,7 +62,7 @@ def _clip(vision: dict[str, Any], embed: int, width: int, layers: int, context: 
     return {
         "embed_dim": embed,
         "vision_cfg": vision,
-        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": width, "heads": width // 32, "layers": layers},
+        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": width, "heads": width // 64, "layers": layers},
         "init_logit_scale": math.log(1 / tau),
     }
 

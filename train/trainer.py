@@ -9,6 +9,8 @@ memorise it (reference/attacks_defenses.md 5.3 says why that matters to a filter
 """
 
 import io
+import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -20,8 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
+from pipeline.progress import console
 from pipeline.shards import Shard, UidRule
 from pipeline.shards.store import exists, join, view, whole, write
 from train import data, model
@@ -117,6 +121,9 @@ class Trainer:
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
         self.steps = len(data.cuts(len(self.index), self.recipe.batch, world)) - 1
         self._clock = (time.perf_counter(), time.process_time())
+        # On a CPU the flash kernel's backward pass took 31% of a step of 16 tokens (measured); two plain products do not.
+        backends = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
+        self._kernels = sdpa_kernel(backends)
 
     def fit(self) -> dict[str, Any]:
         """Train what is left to train; returns the facts of the run."""
@@ -137,7 +144,7 @@ class Trainer:
             "steps": len(self.curve["step"]),
             "loss": self.curve["loss"][-1],
             "workers": self.world,
-            **{k: round(v, 3) for k, v in self._time_spent().items()},
+            **{k: round(v, 3) for k, v in self.spent.items()},
         }
 
     def _train_epoch(self, progress: Progress) -> dict[str, np.ndarray]:
@@ -156,7 +163,7 @@ class Trainer:
                 group["lr"] = lr
             batch = self.defense.augment(batch)
             images = model.normalise(batch.images.permute(0, 2, 3, 1).to(self.device), recipe.mean, recipe.std)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            with self._kernels, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 image, text, scale = self.ddp(images, batch.tokens.to(self.device))
             of_image, of_text = contrastive.get_logits(image, text, scale)
             truth = contrastive.get_ground_truth(self.device, len(image))
@@ -189,7 +196,7 @@ class Trainer:
     def _mean(self, loss: torch.Tensor) -> float:
         """The loss over all ranks, so that all of them stop together."""
         if self.world == 1:
-            return float(loss)
+            return float(loss.detach())
         value = loss.detach().clone()
         dist.all_reduce(value)
         return float(value) / self.world
@@ -246,30 +253,34 @@ class Trainer:
     def _write_epoch(self, traces: dict[str, np.ndarray]) -> None:
         """Traces of every rank, then checkpoint and curve, and last the state that says that the epoch is done."""
         out, epoch = self.task.out, self.epoch
-        _write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, traces)
-        self._barrier()
-        cpu = torch.tensor(self._time_spent()["cpu_seconds"], dtype=torch.float64)
+        if not all(p.isfinite().all() for p in self.towers.parameters()):
+            raise InputError(f"{out}: the last step of epoch {epoch} left weights that are not numbers; lower the lr")
+        write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, **traces)
+        now = self._time_spent()
+        cpu = torch.tensor(now["cpu_seconds"], dtype=torch.float64, device=self.device)
         if self.world > 1:
-            cpu = cpu.to(self.device)
-            dist.all_reduce(cpu)
+            dist.all_reduce(cpu)  # also the barrier behind which all traces are written
+        self.spent = {"seconds": now["seconds"], "cpu_seconds": float(cpu)}
+        self._clock = (time.perf_counter(), time.process_time())
         if self.rank == 0:
             if self.recipe.keeps(epoch):
                 origin = {**self.task.spec, "epoch": epoch}
                 model.save(checkpoint_path(out, epoch), self.towers.state(), self.recipe, origin)
-            _write_curve(join(out, "curve.parquet"), self.curve)
+            write_curve(join(out, "curve.parquet"), self.curve)
             state = {
                 "model": self.towers.clip.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "epoch": epoch,
                 "curve": self.curve,
-                "spent": {"seconds": self._time_spent()["seconds"], "cpu_seconds": float(cpu)},
+                "spent": self.spent,
             }
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write(join(out, "state.pt"), buffer.getbuffer())
+            write(join(out, "state.pt"), bytes(buffer.getbuffer()))
         self._barrier()
 
     def _time_spent(self) -> dict[str, float]:
+        """Wall seconds so far, and this rank's share of the CPU seconds."""
         wall, cpu = self._clock
         return {
             "seconds": self.spent["seconds"] + time.perf_counter() - wall,
@@ -279,3 +290,108 @@ class Trainer:
     def _barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads: int | None = None) -> None:
+    """Train as one of `world` workers; the process group is there already. Rank 0 writes `train.json` last.
+
+    `threads` is this worker's share of the cores of its machine.
+    """
+    from pipeline.spec import parse
+
+    if threads:
+        torch.set_num_threads(threads)
+    # Same command, same weights. On a GPU some kernels have no deterministic form: they warn and run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    defense = parse("defenses", task.defense) if task.defense else Defense()
+    say = console.print if rank == 0 else lambda line: None
+    trainer = Trainer(task, defense, rank, world, torch.device(device))
+    index, recipe = trainer.index, trainer.recipe
+    say(f"{len(index):,} pairs in {len(index.shards)} shards; skipped: {data.listed(index.skipped)}")
+    if len(index) < recipe.batch:
+        say(f"fewer pairs than a batch of {recipe.batch}: the batch shrinks to {len(index) - len(index) % world}")
+    poisons = known_poisons(task.ledger, index)
+    if poisons is None:
+        say("no ledger beside the shards")
+    else:
+        say(f"this run will see {poisons:,} known poisons ({poisons / len(index) * 1e6:,.0f} ppm)")
+    facts = trainer.fit()
+    if rank == 0:
+        record = {
+            **task.spec,
+            **facts,
+            "known_poisons": poisons,
+            "checkpoint": checkpoint_path("", recipe.epochs).lstrip("/"),
+            "done": True,
+        }
+        write(join(task.out, "train.json"), json.dumps(record, indent=1).encode())
+
+
+def known_poisons(ledger: str, index: Index) -> int | None:
+    """How many pairs of the index the ledger names; None where there is no ledger."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not exists(ledger):
+        return None
+    try:
+        uids = pq.read_table(pa.BufferReader(pa.py_buffer(view(ledger))), columns=["uid"]).column("uid").to_pylist()
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise InputError(f"{ledger}: not a ledger ({error}); poison the shards again or remove it") from error
+    return int(np.isin(index.uid, np.array([str(u).encode() for u in uids], "S32")).sum())
+
+
+def learning_rate(recipe: Recipe, step: int, total: int) -> float:
+    """Linear warm-up over the recipe's share of all steps, then a cosine to zero (Radford et al. 2021, section 2.5)."""
+    warmup = int(total * recipe.warmup)
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def checkpoint_path(out: str, epoch: int) -> str:
+    return join(out, f"checkpoints/epoch_{epoch:03d}")
+
+
+def write_traces(path: str, index: Index, epoch: int, row: np.ndarray, loss: np.ndarray, similarity: np.ndarray) -> None:
+    """uid, shard, epoch, loss, similarity of the index rows; sorted by shard and uid, one row group a shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    by = np.lexsort((index.uid[row], np.array([s.name for s in index.shards])[index.shard[row]]))
+    row, loss, similarity = row[by], loss[by], similarity[by]
+    types = {"uid": pa.string(), "shard": pa.string(), "epoch": pa.int32(), "loss": pa.float32()}
+    schema = pa.schema([*types.items(), ("similarity", pa.float32())])
+    edges = [0, *(np.flatnonzero(np.diff(index.shard[row])) + 1), len(row)]
+    with whole(path) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), schema, compression="zstd") as writer:
+        for a, b in zip(edges[:-1], edges[1:], strict=True):
+            columns = {
+                "uid": [u.decode() for u in index.uid[row[a:b]]],
+                "shard": [index.shards[index.shard[row[a]]].name] * (b - a),
+                "epoch": np.full(b - a, epoch, np.int32),
+                "loss": loss[a:b],
+                "similarity": similarity[a:b],
+            }
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def write_curve(path: str, curve: Mapping[str, list[float]]) -> None:
+    """One row a step: step (0-based), epoch (1-based), loss, lr, seconds since the start, pairs of the global batch."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({name: pa.array(np.asarray(curve[name], kind)) for name, kind in CURVE.items()})
+    with whole(path) as file:
+        pq.write_table(table, pa.PythonFile(file, "w"), compression="zstd")
+
+
+def _optimizer(towers: Towers, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW without decay of gains, biases, norms and the logit scale: open_clip's groups (open_clip_train/main.py)."""
+    decay, rest = [], []
+    for name, parameter in towers.named_parameters():
+        plain = parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+        (rest if plain else decay).append(parameter)
+    groups = [{"params": rest, "weight_decay": 0.0}, {"params": decay, "weight_decay": recipe.weight_decay}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)

@@ -8,6 +8,7 @@ escaped and made visible (`text.py`), every image is decoded here and encoded an
 import base64
 import hashlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
     from jinja2 import Environment
+    from markupsafe import Markup
     from rich.console import Console
 
 __all__ = ["Histogram", "Tile", "print_tables", "render"]
 
+POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
 THUMBNAIL = 128
 LOSSLESS = 64  # up to this side a thumbnail stays exact, so that a small trigger is seen as it is
 
@@ -78,7 +81,7 @@ def render(
             verdict=verdict,
             command=command,
             style=style,
-            policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            policy=f"{POLICY}; style-src 'sha256-{digest}'",
             arms=arm_groups,
             arms_caveat=tables.caveat(arm_groups),
             main=tables.main_measures(arm_groups),
@@ -105,7 +108,7 @@ def print_tables(arms: "pl.DataFrame", detectors: "pl.DataFrame", console: "Cons
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=_shown,
@@ -113,6 +116,8 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["spec"] = _spec
+    return environment
 
 
 def _shown(value: Any) -> Any:
@@ -120,6 +125,13 @@ def _shown(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
     return visible(value) if type(value) is str else value
+
+
+def _spec(value: str) -> "Markup":
+    """A spec that breaks across lines where a reader would: after its bracket or between its parameters."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\()(?!\))", visible(value)))
 
 
 def _card(tile: Tile) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.report import Histogram
 
 BINS = 48
-BUDGET = 0.05  # the share whose removal the histograms mark
+BUDGET = 5  # percent, whose removal the histograms mark
 Tick = tuple[float, str]  # where, and what it says
 
 
@@ -122,14 +122,14 @@ def _labels(dots: Sequence[tuple[float, float]]) -> list[tuple[tuple[float, floa
     for x, y in dots:
         best = (math.inf, (x, y), False)
         for radius in (15, 26, 38):
-            for angle in (315, 45, 225, 135, 0, 180, 270, 90):
+            for rank, angle in enumerate((315, 225, 270, 45, 135, 90, 0, 180)):  # off the whiskers first
                 spot = (x + radius * math.cos(math.radians(angle)), y + radius * math.sin(math.radians(angle)))
                 clash = sum(math.dist(spot, d) < 12 for d in dots) + sum(math.dist(spot, p) < 15 for p in placed)
                 outside = not (
                     Scatter.left + 8 < spot[0] < Scatter.width - 6
                     and Scatter.top < spot[1] < Scatter.height - Scatter.bottom - 8
                 )
-                cost = 100 * outside + 10 * clash + radius / 100
+                cost = 100 * outside + 10 * clash + radius / 100 + rank / 1000
                 best = min(best, (cost, spot, radius > 15))
         placed.append(best[1])
         far.append(best[2])
@@ -150,7 +150,7 @@ def bars(histogram: "Histogram") -> Bars:
     kinds = [scores for scores in (clean, poison) if len(scores)]
     said = [f"{count(len(clean))} clean, {count(len(poison))} poison."]
     if lost:
-        said.append(f"{count(lost)} score{' is' if lost == 1 else 's are'} not finite and left out.")
+        said.append(f"Without a finite score, not drawn: {count(lost)}.")
     if not kinds:
         return Bars(histogram.detector, histogram.when, "", "", [], None, False, " ".join(said))
     low = min(float(np.quantile(s, 0.005)) for s in kinds)
@@ -168,21 +168,23 @@ def bars(histogram: "Histogram") -> Bars:
     scale = Bars.reach / max(share.max() for share in shares)
     every = np.concatenate(kinds)
     beyond = int(((every < low) | (every > high)).sum())
-    said += [f"Median {np.median(s):.4g} {kind}." for s, kind in ((clean, "clean"), (poison, "poison")) if len(s)]
+    medians = [f"{kind} {_number(np.median(s))}" for s, kind in ((clean, "clean"), (poison, "poison")) if len(s)]
+    said.append(f"Median: {', '.join(medians)}.")
     if constant:
         said.append("All scores are the same.")
     elif beyond:
-        said.append(f"{count(beyond)} lie{'s' if beyond == 1 else ''} beyond the axis, in the end bins.")
+        said.append(f"Beyond the axis, counted in the end bins: {count(beyond)}.")
     if log:
         said.append("Logarithmic axis.")
-    cut = None if constant else float(place(np.quantile(every, 1 - BUDGET))) * Bars.width
+    last = None if constant else _last_removed(histogram)
+    cut = None if last is None else float(place(np.asarray(last))) * Bars.width
     marks = _decades(low, high) if log else _ticks(low, high, 4)
     return Bars(
         detector=histogram.detector,
         when=histogram.when,
         clean=_outline(shares[0] * -scale),
         poison=_outline(shares[1] * scale),
-        ticks=[(float(place(np.asarray(t))) * Bars.width, f"{t:.4g}") for t in marks],
+        ticks=[(float(place(np.asarray(t))) * Bars.width, _number(t)) for t in marks],
         cut=cut,
         log=log,
         caption=" ".join(said),
@@ -198,10 +200,25 @@ def _outline(heights: np.ndarray) -> str:
     return f"M0 {Bars.axis}{''.join(steps)}V{Bars.axis}Z"
 
 
+def _last_removed(histogram: "Histogram") -> float | None:
+    """The score down to which a removal of 5% goes; unscored pairs go first, as in the budget policy."""
+    scores = np.concatenate([np.ravel(histogram.clean), np.ravel(histogram.poison)]).astype(np.float64)
+    scores[np.isnan(scores)] = np.inf
+    removed = len(scores) * BUDGET // 100
+    if not removed:
+        return None
+    last = float(np.partition(scores, -removed)[-removed])
+    return last if math.isfinite(last) else None
+
+
 def _finite(scores: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # scores are float32 by contract; what overflows it is as good as infinite
         values = np.asarray(scores).astype(np.float32).astype(np.float64).ravel()
     return values[np.isfinite(values)]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -49,24 +49,40 @@ def write_report(
 
 
 def verdict(arms: Rows) -> str:
-    """One or two sentences from the numbers; an attack below its floor credits nobody."""
-    asr = "targeted_success" if arms[0]["asr_text"] is None else "asr_text"
-    mean = {name: np.mean([a[asr] for a in arms if a["arm"] == name]) for name in dict.fromkeys(a["arm"] for a in arms)}
-    ppm, dose, undefended = arms[0]["dose_ppm"], arms[0]["dose"], mean["undefended"]
-    start = f"Undefended, {dose:,} poisons ({ppm:,.0f} ppm) reach an attack success rate of {undefended:.1%}."
+    """Two or three sentences on each attack and dose; an attack below its floor credits nobody."""
+    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms)
+    return " ".join(_sentences([a for a in arms if (a["attack"], a["dose"]) == group]) for group in groups)
+
+
+def _sentences(arms: Rows) -> str:
+    success = "targeted_success" if arms[0]["targeted_success"] is not None else "asr_text"
+    asr, accuracy = _means(arms, success), _means(arms, "zeroshot_top1")
+    undefended = asr["undefended"]
+    attack, dose, ppm = spec.parse_call(arms[0]["attack"])[0], arms[0]["dose"], arms[0]["dose_ppm"]
+    start = (
+        f"Undefended, {dose:,} poisons of {attack!r} ({ppm:,.0f} ppm) reach an attack success rate of {undefended:.1%}."
+    )
     if undefended < VALID_ASR:
         return f"{start} Below {VALID_ASR:.0%} the attack is not valid: no filter is credited for its failure."
-    filters = {n: v for n, v in mean.items() if n != "undefended" and n.split("(")[0] not in CONTROLS}
+    filters = {name: rate for name, rate in asr.items() if name.split("(")[0] not in ("undefended", *CONTROLS)}
     if not filters:
         return start
     best = min(filters, key=lambda name: filters[name])
-    accuracy = {n: np.mean([a["zeroshot_top1"] or 0 for a in arms if a["arm"] == n]) for n in ("undefended", best)}
-    control = next((f"; random removal leaves {v:.1%}" for n, v in mean.items() if n.split("(")[0] == "random"), "")
-    cost = 100 * (accuracy[best] - accuracy["undefended"])
+    control = next((f"; random removal leaves {rate:.1%}" for n, rate in asr.items() if n.startswith("random")), "")
+    change = 100 * (accuracy[best] - accuracy["undefended"])
     return (
         f"{start} The best filter here, {best}, leaves {filters[best]:.1%}{control}. "
-        f"It changes zero-shot accuracy by {cost:+.1f} points."
+        f"It changes zero-shot accuracy by {change:+.1f} points."
     )
+
+
+def _means(arms: Rows, measure: str) -> dict[str, float]:
+    """Mean over seeds of a measure, by arm; an arm is a detector at an epoch."""
+    out: dict[str, list[float]] = {}
+    for arm in arms:
+        name = f"{arm['arm']} at {arm['when']}" if arm["when"] else arm["arm"]
+        out.setdefault(name, []).append(arm[measure] or 0.0)
+    return {name: float(np.mean(values)) for name, values in out.items()}
 
 
 def _facts(plan: Config, arms: Rows, seconds: float) -> dict[str, str]:
@@ -108,13 +124,14 @@ def _galleries(plan: Config, run: "Run") -> dict[str, list[report.Tile]]:
         chosen[f"{name}, epoch {epoch}"] = [(found["uid"][row], float(found[name][row])) for row in worst]
     before = {row["uid"]: row["caption_before"] for row in ledger.read(ledger.ledger_path(run.poisoned)).to_pylist()}
     wanted = {uid for tiles in chosen.values() for uid, _ in tiles}
-    pictures = {s.uid: s for shard in list_shards(run.poisoned) for s in samples(shard) if s.uid in wanted}
+    pictures = {s.uid: s for shard in list_shards(run.poisoned) for s in samples(shard, plan.uid) if s.uid in wanted}
     return {
-        title: [_tile(pictures[uid], score, before.get(uid)) for uid, score in tiles] for title, tiles in chosen.items()
+        title: [_tile(pictures[uid], score, uid in before, before.get(uid)) for uid, score in tiles]
+        for title, tiles in chosen.items()
     }
 
 
-def _tile(sample: Sample, score: float, before: str | None) -> report.Tile:
+def _tile(sample: Sample, score: float, poison: bool, before: str | None) -> report.Tile:
     try:
         image = sample.image
     except Rejected:
@@ -123,5 +140,4 @@ def _tile(sample: Sample, score: float, before: str | None) -> report.Tile:
         caption = sample.caption
     except Rejected as error:
         caption = f"({error})"
-    note = f"was: {before}" if before is not None else ""
-    return report.Tile(image, caption, sample.uid, score, before is not None, note)
+    return report.Tile(image, caption, sample.uid, score, poison, f"was: {before}" if before else "")

@@ -1,7 +1,8 @@
 """Results -> rows a person reads, shared by the page and the terminal.
 
 Runs that differ only in their seed become one row: the mean, and as its interval the range over seeds. A single seed
-keeps its own Wilson interval, which covers the evaluation images and says nothing about another training run; `caveat` says so.
+keeps its own Wilson interval, which covers the evaluation images and says nothing about another training
+run; `caveat` says so.
 """
 
 import math
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 BASELINES = ("undefended", "random", "oracle")
-BUDGETS = {"recall_at_1": 0.01, "recall_at_5": 0.05, "recall_at_10": 0.10}
+BUDGETS = {"recall_at_1": 1, "recall_at_5": 5, "recall_at_10": 10}  # percent removed
 
 # Measure -> its heading and whether a high value is the attacker's win.
 MEASURES: dict[str, tuple[str, bool]] = {
@@ -24,9 +25,9 @@ MEASURES: dict[str, tuple[str, bool]] = {
     "targeted_success": ("Targeted success", True),
     "triggered_accuracy": ("Accuracy with trigger", False),
     "triggered_accuracy_knn": ("Accuracy with trigger, neighbours", False),
-    "zeroshot_top1": ("Zero-shot top-1", False),
-    "zeroshot_top5": ("Zero-shot top-5", False),
-    "knn_top1": ("Neighbours top-1", False),
+    "zeroshot_top1": ("Zero-shot accuracy", False),
+    "zeroshot_top5": ("Zero-shot, top 5", False),
+    "knn_top1": ("Neighbour accuracy", False),
     "i2t_recall1": ("Image→text R@1", False),
     "i2t_recall5": ("Image→text R@5", False),
     "i2t_recall10": ("Image→text R@10", False),
@@ -42,7 +43,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rate:
-    """A measured share with its interval; `reference` is a value to compare with, `ceiling` the highest one possible."""
+    """A measured share with its interval; `reference` is what to compare it with, `ceiling` the highest possible."""
 
     value: float
     low: float | None = None
@@ -81,7 +82,7 @@ class Row:
 
     @property
     def baseline(self) -> bool:
-        return self.name in BASELINES
+        return _is_baseline(self.name)
 
 
 @dataclass
@@ -101,8 +102,11 @@ def arm_groups(arms: "pl.DataFrame") -> list[Group]:
     for (attack, dose), of_dose in _grouped(runs, "attack", "dose"):
         group = Group(one_line(str(attack)) if attack else "", _dose(dose, _mean(of_dose, "dose_ppm")))
         undefended = {m: r.value for m, r in _rates([r for r in of_dose if r.get("arm") == "undefended"]).items()}
-        for (arm, when, recipe), same in _grouped(of_dose, "arm", "when", "recipe"):
-            notes = [f"scored at {when}"] if when else []
+        for (arm, when, policy, recipe), same in _grouped(of_dose, "arm", "when", "policy", "recipe"):
+            twins = [run for run in of_dose if run.get("arm") == arm]
+            told_apart = {column: len({run.get(column) for run in twins}) > 1 for column in ("when", "policy")}
+            notes = [f"scored at {when}"] if when and (told_apart["when"] or not _is_baseline(arm)) else []
+            notes += [one_line(policy)] if policy and told_apart["policy"] else []
             notes += [f"recipe {recipe}"] if recipe and len(recipes) > 1 else []
             left, put_in = _mean(same, "poisons_left"), _mean(same, "poisons_in")
             texts = {
@@ -132,8 +136,8 @@ def detector_groups(detectors: "pl.DataFrame") -> list[Group]:
             if auroc := _rate(same, "auroc", reference=0.5):
                 rates["auroc"] = auroc
             for measure, budget in BUDGETS.items():
-                room = min(1.0, budget * n / poisons) if n and poisons else 1.0
-                if rate := _rate(same, measure, reference=budget, ceiling=room if room < 1 else None):
+                room = int(n * budget / 100) / poisons if n and poisons else 1.0
+                if rate := _rate(same, measure, reference=budget / 100, ceiling=room if room < 1 else None):
                     rates[measure] = rate
             auprc = _mean(same, "auprc")
             texts = {
@@ -179,7 +183,9 @@ def caveat(groups: Iterable[Group]) -> str:
             "One seed: the 95% intervals (Wilson) cover the evaluation images only, not the seeds. "
             "Another training run may differ by more."
         )
-    many = f"{seeds[-1]} seeds" if seeds[:1] == seeds[-1:] else f"Up to {seeds[-1] if seeds else 0} seeds"
+    if not seeds:
+        return ""
+    many = f"{seeds[-1]} seeds" if len(seeds) == 1 else f"Up to {seeds[-1]} seeds"
     one = " Rows with one seed show the 95% interval (Wilson) over evaluation images instead." if 1 in seeds else ""
     return f"{many}: each number is the mean, and below it the range from the lowest seed to the highest.{one}"
 
@@ -194,9 +200,7 @@ def count(value: float | None) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (math.inf, "h", 3600)):
-        if seconds < limit:
-            break
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
     value = seconds / size
     return f"{value:,.0f} {unit}" if value >= 100 or value == 0 else f"{value:.2g} {unit}"
 
@@ -209,6 +213,10 @@ def microseconds(value: float | None) -> str:
 
 def ppm(value: float) -> str:
     return f"{value:,.0f} ppm" if value >= 100 else f"{value:.3g} ppm"
+
+
+def _is_baseline(arm: str) -> bool:
+    return arm.split("(")[0] in BASELINES
 
 
 def _dose(dose: Any, parts: float | None) -> str:

@@ -37,9 +37,9 @@ def print_tables(arms: "pl.DataFrame", detectors: "pl.DataFrame", console: "Cons
 
 def _arms(group: Group, measures: Sequence[str]) -> Table:
     table = _table(group, "arm")
-    table.add_column("poison left", justify="right")
+    table.add_column("poison\nleft", justify="right")
     for measure in measures:
-        table.add_column(MEASURES[measure][0], justify="right")
+        table.add_column(MEASURES[measure][0].replace(" ", "\n", 1), justify="right")
     table.add_column("filter", justify="right")
     table.add_column("train", justify="right")
     for row in group.rows:
@@ -57,7 +57,7 @@ def _detectors(group: Group, budgets: Sequence[str]) -> Table:
     table.add_column("AUROC", justify="right")
     table.add_column("AUPRC", justify="right")
     for measure in budgets:
-        table.add_column(f"recall at\n{100 * BUDGETS[measure]:.0f}% removed", justify="right")
+        table.add_column(f"recall at\n{BUDGETS[measure]}% removed", justify="right")
     table.add_column("per sample", justify="right")
     for row in group.rows:
         auprc = _bare(row.texts["auprc"])
@@ -69,8 +69,15 @@ def _detectors(group: Group, budgets: Sequence[str]) -> Table:
 
 def _table(group: Group, first: str) -> Table:
     title = Text(group.attack or "no attack", "bold").append(f"  {group.dose}", "not bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column(first, overflow="fold", max_width=26)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column(first, overflow="fold", max_width=28)
     return table
 
 

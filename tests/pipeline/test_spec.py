@@ -1,6 +1,7 @@
 """Specs are parsed, never executed; what is wrong is answered with what is right."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -36,9 +37,8 @@ def test_text_and_parse_are_inverse():
     ],
 )
 def test_errors_say_what_is_valid(kind, text, says):
-    with pytest.raises(InputError, match=".") as error:
+    with pytest.raises(InputError, match=re.escape(says)):
         spec.parse(kind, text)
-    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("kind", spec.KINDS)

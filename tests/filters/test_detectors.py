@@ -1,0 +1,122 @@
+"""Every detector in the folder keeps the contract; the formulas are checked against a plain reading of the papers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from filters._batch import Batch, unit
+from filters._knn import neighbours
+from pipeline import spec
+
+DETECTORS = spec.names("detectors")
+
+
+def batch(n: int, seed: int = 0) -> Batch:
+    """Ten clusters in which image and text agree."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=(10, 2, 24))
+    which = rng.integers(10, size=n)
+    rows = centre[which] + 0.3 * rng.normal(size=(n, 2, 24))
+    return Batch(
+        uid=np.asarray([f"{seed:016x}{i:016x}" for i in range(n)], dtype=object),
+        image_embedding=(3 * rows[:, 0]).astype(np.float32),
+        text_embedding=rows[:, 1].astype(np.float32),
+        similarity_trace=rng.normal(0.5, 0.1, (n, 6)).astype(np.float32),
+        loss_trace=rng.normal(2, 0.1, (n, 6)).astype(np.float32),
+        poisoned=rng.random(n) < 0.1,
+    )
+
+
+def take(whole: Batch, rows) -> Batch:
+    return Batch(**{f.name: getattr(whole, f.name)[rows].copy() for f in dataclasses.fields(Batch)})
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_scores_do_not_depend_on_order_or_company(name):
+    detector, whole = spec.parse("detectors", name), batch(200)
+    scores = detector.score(whole, whole)
+    assert scores.shape == (200,)
+    assert np.isfinite(scores).all()
+    rows = np.random.default_rng(1).permutation(200)[:77]
+    assert np.allclose(detector.score(take(whole, rows), whole), scores[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_row_without_inputs_is_nan_and_harms_no_other(name):
+    detector, whole = spec.parse("detectors", name), batch(200)
+    broken = take(whole, slice(None))
+    for column in ("image_embedding", "text_embedding", "similarity_trace", "loss_trace"):
+        getattr(broken, column)[3] = np.nan
+    scores, expected = detector.score(broken, whole), detector.score(whole, whole)
+    assert np.isnan(scores[3]) == bool(set(detector.needs) - {"poisoned"})
+    assert np.allclose(np.delete(scores, 3), np.delete(expected, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip_score", "caption_neighbours", "image_neighbours", "trace"])
+def test_a_mismatched_pair_is_more_suspicious(name):
+    detector, whole = spec.parse("detectors", name), batch(400)
+    both = take(whole, slice(None))
+    agree = np.arange(400) >= 20
+    both.text_embedding[:20] = -both.text_embedding[:20]
+    both.text_embedding[:, :] += both.image_embedding * (agree[:, None] * 2 - 1)
+    both.similarity_trace[:20] -= 1
+    scores = detector.score(both, both)
+    assert np.median(scores[:20]) > np.quantile(scores[20:], 0.9)
+
+
+@pytest.mark.parametrize("name", ["kdist", "slof"])
+def test_a_lonely_image_is_more_suspicious(name):
+    detector, whole = spec.parse("detectors", f"{name}(k=5)"), batch(400)
+    lonely = take(whole, slice(None))
+    lonely.image_embedding[:8] += 10 * np.eye(8, 24, dtype=np.float32) * np.sign(lonely.image_embedding[:8])
+    scores = detector.score(lonely, lonely)
+    assert scores[:8].min() > np.quantile(scores[8:], 0.95)
+
+
+def test_neighbours_are_exact_and_never_the_row_itself():
+    queries, pool = batch(60, 1), batch(300, 2)
+    pool.uid[17] = queries.uid[4]
+    pool.image_embedding[17] = queries.image_embedding[4]
+    pool.image_embedding[20:25] = pool.image_embedding[19]  # duplicates under other uids are neighbours
+    queries.image_embedding[9] = pool.image_embedding[19] + 1e-4
+    distance, index = neighbours(queries, pool, "image_embedding", 7)
+    plain = np.linalg.norm(queries.image_embedding[:, None].astype(float) - pool.image_embedding[None], axis=2)
+    plain[4, 17] = np.inf
+    assert np.allclose(distance, np.sort(plain, axis=1)[:, :7], rtol=1e-5, atol=1e-7)
+    assert np.allclose(np.take_along_axis(plain, index, 1), distance, rtol=1e-5, atol=1e-7)
+    assert set(index[9, :6]) == set(range(19, 25))
+    with pytest.raises(ValueError, match="more than 300 rows"):
+        neighbours(queries, pool, "image_embedding", 300)
+
+
+def test_slof_is_its_formula():
+    whole, k = batch(120), 6
+    x = whole.image_embedding.astype(float)
+    d = np.linalg.norm(x[:, None] - x[None], axis=2)
+    np.fill_diagonal(d, np.inf)
+    near = np.argsort(d, axis=1)[:, :k]
+    dk = np.sort(d, axis=1)[:, k - 1]
+    expected = (dk[:, None] / dk[near]).mean(axis=1)
+    assert np.allclose(spec.parse("detectors", f"slof(k={k})").score(whole, whole), expected, rtol=1e-4)
+
+
+def test_caption_neighbours_is_its_formula():
+    whole, k = batch(120), 6
+    image, text = unit(whole.image_embedding), unit(whole.text_embedding)
+    cosine = text @ text.T
+    np.fill_diagonal(cosine, -np.inf)
+    near = np.argsort(-cosine, axis=1)[:, :k]
+    expected = 1 - np.asarray([(image[near[i]] @ image[i]).mean() for i in range(120)])
+    assert np.allclose(spec.parse("detectors", f"caption_neighbours(k={k})").score(whole, whole), expected, atol=1e-5)
+
+
+def test_trace_until_an_epoch_sees_no_later_one():
+    whole = batch(50)
+    later = take(whole, slice(None))
+    later.similarity_trace[:, 3:] += 5
+    early = spec.parse("detectors", "trace(until=3)")
+    assert np.array_equal(early.score(whole, None), early.score(later, None))
+    assert not np.allclose(
+        spec.parse("detectors", "trace").score(whole, None), spec.parse("detectors", "trace").score(later, None)
+    )

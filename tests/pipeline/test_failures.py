@@ -1,0 +1,144 @@
+"""What goes wrong while a job runs: a full disk, Ctrl-C, a second run, a shard that vanishes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+from conftest import contents, pairs, write_tar
+
+from pipeline.errors import InputError
+from pipeline.poison import poison
+from pipeline.shard_map import Job, ShardsFailed, locked, shard_map
+from pipeline.shards import Counts, Shard, list_shards, rewrite
+from pipeline.shards.store import whole
+
+# functions of a test module are not importable by the workers
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+PATCH = "patch(target='banana', size=24)"
+
+
+@pytest.fixture
+def small_disk():
+    """A file system of two megabytes."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(tmp_path, small_disk):
+    (tmp_path / "in").mkdir()
+    rows = pairs(0, 30)
+    for row in rows:
+        row["meta"]["padding"] = "x" * 20_000
+    for i in range(4):
+        write_tar(
+            tmp_path / f"in/{i}.tar", [{**r, "key": f"{i}-{r['key']}", "meta": r["meta"] | {"uid": ""}} for r in rows]
+        )
+    arguments = {"attack": PATCH, "dose": "5"}
+    with pytest.raises(ShardsFailed, match="disk full; free some space and run the same command again"):
+        poison(str(tmp_path / "in"), str(small_disk / "out"), **arguments)
+    left = {p.name for p in (small_disk / "out").iterdir()}
+    assert not any(name.endswith(".tmp") for name in left)
+    assert {n.split(".")[0] for n in left if n.endswith(".tar")} >= {n.split(".")[0] for n in left if "stats" in n}
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    poison(str(tmp_path / "in"), str(small_disk / "out"), **arguments)
+    poison(str(tmp_path / "in"), str(tmp_path / "whole"), **arguments)
+    assert contents(small_disk / "out") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        write_tar(tmp_path / f"in/{i:02d}.tar", pairs(300 * i, 300 * i + 300))
+    command = [sys.executable, "-m", "pipeline.cli", "poison", str(tmp_path / "in"), str(tmp_path / "out")]
+    command += ["--attack", PATCH, "--dose", "50"]
+    run = subprocess.Popen(
+        command, env={**os.environ, "RAY_ADDRESS": "local"}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "out").glob("*.stats.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    done = {p.name.split(".")[0] for p in (tmp_path / "out").glob("*.stats.json")}
+    assert 0 < len(done) < 30
+
+
+def test_two_runs_on_one_folder_the_second_is_refused(tars, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(str(tmp_path / "out")), pytest.raises(InputError, match="another run is writing here"):
+        poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
+
+
+def test_a_folder_of_another_job_is_refused(tars, tmp_path):
+    from pipeline.score import score
+
+    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
+    with pytest.raises(InputError, match="holds the output of 'poison'"):
+        score(str(tars), str(tmp_path / "out"), detector=("random",))
+
+
+def _fails_on_one(shard: Shard, out: str) -> Counts:
+    if shard.name == "00000001":
+        raise OSError(5, "Input/output error")
+    return rewrite(shard, out, lambda sample: sample)
+
+
+def test_a_read_error_fails_its_shard_only(tars, tmp_path):
+    job = Job("poison", {}, str(tmp_path / "out"))
+    with pytest.raises(ShardsFailed, match=r"1 of 3 shards failed:\n.*00000001\.tar: .*Input/output error"):
+        shard_map(job, list_shards(str(tars)), _fails_on_one)
+    assert set(contents(tmp_path / "out")) == {"00000000.tar", "00000002.tar"}
+
+
+def _dies_once(shard: Shard, out: str, folder: str) -> Counts:
+    from pathlib import Path
+
+    if not (flag := Path(folder) / shard.name).exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rewrite(shard, out, lambda sample: sample)
+
+
+def test_a_lost_worker_is_replaced(tars, tmp_path):
+    (tmp_path / "flags").mkdir()
+    job = Job("poison", {}, str(tmp_path / "out"))
+    markers = shard_map(job, list_shards(str(tars)), _dies_once, str(tmp_path / "flags"))
+    assert len(markers) == 3
+    assert contents(tmp_path / "out") == contents(tars)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), whole(str(tmp_path / "file")) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_losing_a_sample_is_a_defect_that_stops_the_run(tars, tmp_path):
+    job = Job("poison", {}, str(tmp_path / "out"))
+    with pytest.raises(AssertionError, match="20 samples in, but 19 out"):
+        shard_map(job, list_shards(str(tars)), _loses_one)
+    assert not list((tmp_path / "out").glob("*.stats.json"))
+
+
+def _loses_one(shard: Shard, out: str) -> Counts:
+    counts = rewrite(shard, out, lambda sample: sample)
+    counts.out -= 1
+    return counts

@@ -1,0 +1,185 @@
+"""Scores become decisions: exact budgets, the way back from poisoned to clean, lists that others read."""
+
+import hashlib
+import json
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from conftest import records
+
+from pipeline import spec
+from pipeline.embed import _write as write_embeddings
+from pipeline.errors import InputError
+from pipeline.filter import filter_shards
+from pipeline.poison import poison
+from pipeline.policies._select import column, keys, nth_largest
+from pipeline.score import read_scores, score
+from pipeline.shards import Shard, list_shards, uids
+
+PATCH = "patch(target='banana', size=24)"
+
+
+@pytest.fixture
+def poisoned(tars, tmp_path):
+    poison(str(tars), str(tmp_path / "poisoned"), attack=PATCH, dose="9")
+    return tmp_path / "poisoned"
+
+
+def all_records(folder):
+    return {k: v for path in sorted(folder.glob("*.tar")) for k, v in records(path).items()}
+
+
+def test_clean_poison_oracle_gives_back_exactly_the_clean_samples(tars, poisoned, tmp_path):
+    score(str(poisoned), str(tmp_path / "scores"), detector=("oracle", "random"))
+    filter_shards(
+        str(poisoned),
+        str(tmp_path / "out"),
+        scores=str(tmp_path / "scores"),
+        policy="threshold(detector='oracle', above=0.5)",
+    )
+    clean, kept, quarantine = (all_records(f) for f in (tars, tmp_path / "out/kept", tmp_path / "out/quarantine"))
+    known = set(pq.read_table(poisoned / "ledger.parquet").column("uid").to_pylist())
+    assert len(quarantine) == len(known) == 9
+    assert kept == {k: v for k, v in clean.items() if k not in quarantine}
+    assert kept | quarantine == all_records(poisoned)
+    assert pq.read_table(tmp_path / "out/kept/ledger.parquet").num_rows == 0
+    assert set(pq.read_table(tmp_path / "out/quarantine/ledger.parquet").column("uid").to_pylist()) == known
+    markers = [json.loads(p.read_text()) for p in (tmp_path / "out/kept").glob("*.stats.json")]
+    assert sum(m["out"] for m in markers) + sum(m["dropped"] for m in markers) == sum(m["read"] for m in markers) == 60
+
+
+def test_keep_lists_are_what_datacomp_reads(poisoned, tmp_path):
+    score(str(poisoned), str(tmp_path / "scores"), detector=("random(seed=3)",))
+    filter_shards(
+        str(poisoned),
+        str(tmp_path / "out"),
+        scores=str(tmp_path / "scores"),
+        policy="budget(detector='random', drop=0.25)",
+    )
+    subset = np.load(tmp_path / "out/keep.npy", allow_pickle=False)
+    kept = [uid for shard in list_shards(str(tmp_path / "out/kept")) for uid in uids(shard)]
+    assert subset.dtype == np.dtype("u8,u8")
+    assert len(kept) == len(subset) == 45
+    assert [f"{a:016x}{b:016x}" for a, b in subset.tolist()] == sorted(kept)
+    table = pl.read_parquet(tmp_path / "out/keep.parquet")
+    assert set(table.filter("kept")["uid"]) == set(kept)
+    assert table.filter(~pl.col("kept"))["reason"].unique().to_list() == ["budget(detector='random', drop=0.25)"]
+
+
+def test_a_new_threshold_reads_the_same_scores_and_resumes(poisoned, tmp_path, capsys):
+    scores = str(tmp_path / "scores")
+    score(str(poisoned), scores, detector=("random",))
+    for drop, kept in ((0.1, 54), (0.5, 30), (0.5, 30)):
+        filter_shards(
+            str(poisoned), str(tmp_path / "out"), scores=scores, policy=f"budget(detector='random', drop={drop})"
+        )
+        assert len(all_records(tmp_path / "out/kept")) == kept
+    assert "3 of 3 shards are done already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", spec.names("policies"))
+def test_every_policy_drops_the_unscored_and_the_highest(name):
+    call = {"budget": "budget(detector='slof', drop=0.05)", "threshold": "threshold(detector='slof', above=1.6)"}[name]
+    policy, rng = spec.parse("policies", call), np.random.default_rng(0)
+    values = rng.normal(size=1000).astype(np.float32)
+    values[[7, 70]] = np.nan
+    scores = {"uid": np.asarray([f"{v:032x}" for v in rng.permutation(1000)], dtype=object), "slof(k=16)": values}
+    halves = [{k: v[part] for k, v in scores.items()} for part in (slice(400), slice(400, 1000))]
+    fitted = policy.fit(lambda: iter(halves))
+    drops = np.concatenate([policy.drops(half, fitted) for half in halves])
+    assert drops[[7, 70]].all()
+    rest = np.delete(np.arange(1000), [7, 70])
+    assert np.nanmin(values[rest][drops[rest]]) > values[rest][~drops[rest]].max()
+    if name == "budget":
+        assert drops.sum() == 50
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "extremes"])
+def test_the_nth_largest_is_that_of_a_sort(kind):
+    rng = np.random.default_rng(0)
+    values = {
+        "normal": rng.normal(size=5000),
+        "ties": rng.integers(-2, 3, 5000),
+        "constant": np.zeros(5000),
+        "extremes": rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38], 5000),
+    }[kind].astype(np.float32)
+    names = [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(5000)]
+    all_keys = keys(values, np.asarray(names, dtype=object))
+    for n in (1, 2, 250, 4999, 5000):
+        found = nth_largest(lambda: iter(np.array_split(all_keys, 7)), n)
+        assert found == np.sort(all_keys)[::-1][n - 1]
+    order = np.argsort(all_keys)
+    ordered = np.where(np.isnan(values), np.inf, values)[order]
+    assert (ordered[:-1] <= ordered[1:]).all()
+
+
+def test_detectors_over_embeddings_are_joined_by_uid(poisoned, tmp_path):
+    rng = np.random.default_rng(0)
+    everything = {}
+    (tmp_path / "emb").mkdir()
+    for shard in list_shards(str(poisoned)):
+        who = list(reversed(uids(shard)))  # another order than the shard's
+        image, text = (rng.normal(size=(len(who), 8)).astype(np.float16) for _ in range(2))
+        image[0] = np.nan
+        everything |= {u: (image[i].astype(float), text[i].astype(float)) for i, u in enumerate(who)}
+        write_embeddings(str(tmp_path / f"emb/{shard.name}.embeddings.parquet"), who, image, text, "model1")
+    score(
+        str(poisoned),
+        str(tmp_path / "scores"),
+        detector=("clip_score", "slof(k=4)"),
+        embeddings=str(tmp_path / "emb"),
+        pool=30,
+    )
+    unscored = 0
+    for shard in list_shards(str(poisoned)):
+        found = read_scores(str(tmp_path / f"scores/{shard.name}.scores.parquet"))
+        assert list(found["uid"]) == uids(shard)
+        for uid, value in zip(found["uid"], found["clip_score()"], strict=True):
+            a, b = everything[uid]
+            cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+            assert np.isnan(value) if np.isnan(cosine) else abs(value + cosine) < 1e-3
+            unscored += np.isnan(value)
+    assert unscored == 3
+    filter_shards(
+        str(poisoned),
+        str(tmp_path / "out"),
+        scores=str(tmp_path / "scores"),
+        policy="budget(detector='slof', drop=0.05)",
+    )
+    reasons = pl.read_parquet(tmp_path / "out/keep.parquet").filter(~pl.col("kept"))["reason"].to_list()
+    assert reasons == ["unscored"] * 3
+
+
+def test_what_is_missing_is_named_with_the_job_that_makes_it(poisoned, tmp_path):
+    shards, out = str(poisoned), str(tmp_path / "s")
+    for detector, options, says in (
+        ("slof", {}, "mithridate embed"),
+        ("slof", {"embeddings": str(tmp_path / "none")}, "mithridate embed"),
+        ("trace", {}, "mithridate train"),
+        ("trace", {"traces": str(tmp_path / "none")}, "mithridate train"),
+        ("oracle", {"ledger": str(tmp_path / "no.parquet")}, "no ledger"),
+        ("slfo", {}, "did you mean 'slof'"),
+    ):
+        with pytest.raises(InputError, match=says):
+            score(shards, out, detector=(detector,), **options)
+    with pytest.raises(InputError, match="mithridate score"):
+        filter_shards(
+            shards, str(tmp_path / "f"), scores=str(tmp_path / "none"), policy="budget(detector='slof', drop=0.1)"
+        )
+    score(shards, out, detector=("random", "random(seed=1)"))
+    with pytest.raises(InputError, match="fits several"):
+        filter_shards(shards, str(tmp_path / "f"), scores=out, policy="budget(detector='random', drop=0.1)")
+    with pytest.raises(InputError, match="is not among"):
+        column(["uid", "slof(k=16)"], "kdist")
+
+
+def test_mixed_models_are_refused(poisoned, tmp_path):
+    (tmp_path / "emb").mkdir()
+    for i, shard in enumerate(list_shards(str(poisoned))):
+        who = uids(Shard(shard.path))
+        rows = np.ones((len(who), 4), np.float16)
+        write_embeddings(str(tmp_path / f"emb/{shard.name}.embeddings.parquet"), who, rows, rows, f"model{i}")
+    with pytest.raises(InputError, match="another model"):
+        score(str(poisoned), str(tmp_path / "s"), detector=("kdist",), embeddings=str(tmp_path / "emb"))

@@ -1,0 +1,353 @@
+"""`mithridate evaluate`: what a checkpoint knows, and what an attack makes of it, each with its n and 95% interval.
+
+Trade-off: two readouts of the same image features, because each can be fooled alone: zero-shot asks the text tower, which
+a poison also taught; the k-nearest-neighbour vote over labelled reference images asks only the image tower. A triggered
+image is encoded in its own format and decoded again, so it suffers at test time what a poison suffered in training.
+Memory holds the features, not the images.
+"""
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from pipeline.arguments import Checkpoint, Out
+from pipeline.errors import InputError
+from pipeline.progress import console
+from pipeline.shards import Rejected, Sample, Shard, UidRule, list_shards, samples
+from pipeline.shards.image import decode, encode, pixels
+from pipeline.shards.store import exists, is_url, join, make_folder, view, whole, write
+from pipeline.tables import LABEL
+from train.metrics import Rate, knn_vote, rank_of, rate, retrieval_ranks, top1, unit
+
+BATCH = 512
+K, TAU = 10, 0.07
+# The name alone, and a few of open_clip's ImageNet templates that suit drawings as well as photographs.
+PROMPTS = ("{}", "a {}.", "a picture of a {}.", "a drawing of a {}.", "a photo of a {}.", "an icon of a {}.")
+METRICS = (
+    "zeroshot_top1",
+    "zeroshot_top5",
+    "i2t_recall1",
+    "i2t_recall5",
+    "i2t_recall10",
+    "t2i_recall1",
+    "t2i_recall5",
+    "t2i_recall10",
+    "knn_top1",
+    "asr_text",
+    "asr_knn",
+    "triggered_accuracy",
+    "triggered_accuracy_knn",
+    "targeted_success",
+)
+NOTHING = Rate(None, 0, None, None)
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    out: Out,
+    /,
+    *,
+    shards: str,
+    classes: str,
+    attack: str | None = None,
+    seed: int = 0,
+    reference: str | None = None,
+    ledger: str | None = None,
+    uid: UidRule = "key",
+) -> int:
+    """Evaluate CKPT on clean labelled SHARDS; writes OUT/evaluation.json and OUT/results.parquet, prints a table.
+
+    Args:
+        checkpoint: a folder that `train` wrote, or open_clip:MODEL/PRETRAINED.
+        out: folder for the results.
+        shards: held-out images with captions; a label is read from a field label, class or cls, or from the caption.
+        classes: text file with one class name a line.
+        attack: the attack whose success is measured, as a spec, e.g. "patch(target='banana')".
+        seed: of the trigger, where it is random.
+        reference: clean labelled shards for the k-nearest-neighbour readout.
+        ledger: ledger.parquet of the poisoned shards; a victim image beside it is what a targeted attack is tried on.
+        uid: how a uid is derived where samples carry none.
+    """
+    from train.model import load
+
+    listed = list_shards(shards)
+    names = read_classes(classes)
+    known = Labels(names)
+    chosen = _attack(attack, known, classes) if attack else None
+    referenced = list_shards(reference) if reference else []
+    if ledger and not exists(ledger):
+        raise InputError(f"{ledger}: no such ledger; it is the ledger.parquet beside the poisoned shards")
+    model = load(checkpoint)
+    make_folder(out)
+    seen = look(model, listed, known, uid, chosen, seed)
+    if not seen.captions:
+        raise InputError(f"{shards}: no usable image in {len(listed)} shards; skipped: {_listed(seen.skipped)}")
+    text = unit(class_features(model, names))
+    near = look(model, referenced, known, uid) if referenced else None
+    if near is not None and not (near.label >= 0).any():
+        raise InputError(f"{reference}: no image there is labelled with one of the classes of {classes}")
+    rates = measure(seen, text, model, near, known.index.get(_key(chosen.target)) if chosen else None)
+    if chosen and ledger:
+        rates |= _targeted(model, chosen, ledger, text, known)
+    facts = {
+        "checkpoint": checkpoint,
+        "model_digest": model.digest,
+        "shards": shards,
+        "classes": len(names),
+        "attack": attack,
+        "seed": seed,
+        "reference": reference,
+        "images": len(seen.captions),
+        "unlabelled": int((seen.label < 0).sum()),
+        "skipped": seen.skipped,
+        "prompts": list(PROMPTS),
+    }
+    flat = {key: value for name in METRICS for key, value in _columns(name, rates.get(name, NOTHING)).items()}
+    _write_row(join(out, "results.parquet"), facts, flat)
+    write(join(out, "evaluation.json"), json.dumps({**facts, "metrics": flat}, indent=1).encode())
+    _print(rates, facts)
+    return 0
+
+
+def read_classes(path: str) -> list[str]:
+    """Class names, one a line; InputError where there are none, or one twice."""
+    if not exists(path):
+        raise InputError(f"{path}: no such file; give a text file with one class name a line")
+    try:
+        lines = [line.strip() for line in bytes(view(path)).decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    names = [line for line in lines if line]
+    if len(names) < 2:
+        raise InputError(f"{path}: {len(names)} class names; at least two are needed, one a line")
+    keys = [_key(n) for n in names]
+    if len(set(keys)) < len(keys):
+        twice = next(n for n, k in zip(names, keys, strict=True) if keys.count(k) > 1)
+        raise InputError(f"{path}: {twice!r} is there more than once; remove one of them")
+    return names
+
+
+class Labels:
+    """The true class of a sample, as a number, or -1 where it is not known."""
+
+    def __init__(self, names: Sequence[str]):
+        self.index = {_key(name): i for i, name in enumerate(names)}
+        self.longest = max(len(_words(name)) for name in names)
+        self._by_words = {tuple(_words(name)): i for i, name in enumerate(names)}
+
+    def of(self, sample: Sample) -> int:
+        """From the label field if it names a class (or is the number of one), else from the caption."""
+        for name in LABEL:
+            value = sample.meta.get(name)
+            if value is None and name in sample.parts:  # webdataset's `cls` member
+                value = bytes(sample.parts[name]).decode("utf-8", "replace").strip()
+            if value is None or isinstance(value, float | bool):
+                continue
+            if _key(str(value)) in self.index:
+                return self.index[_key(str(value))]
+            if re.fullmatch(r"\d{1,9}", str(value)) and int(value) < len(self.index):
+                return int(value)
+        return self.in_caption(sample.caption)
+
+    def in_caption(self, caption: str) -> int:
+        """The only class that occurs as whole words; within `red apple` an `apple` does not count."""
+        words = _words(caption)
+        found: dict[int, tuple[int, int]] = {}
+        spans: list[tuple[int, int, int]] = []
+        for start in range(len(words)):
+            for end in range(start + 1, min(start + self.longest, len(words)) + 1):
+                if (i := self._by_words.get(tuple(words[start:end]))) is not None:
+                    spans.append((start, end, i))
+        for start, end, i in spans:
+            if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans):
+                found[i] = (start, end)
+        return next(iter(found)) if len(found) == 1 else -1
+
+
+@dataclass
+class Seen:
+    """Features of n images, in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 unknown."""
+
+    image: np.ndarray
+    triggered: np.ndarray | None
+    label: np.ndarray
+    captions: list[str]
+    skipped: dict[str, int] = field(default_factory=dict)
+    trigger_is_identity: bool = True
+
+
+def look(
+    model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attack: Any = None, seed: int = 0
+) -> Seen:
+    """Decode, trigger and embed every image once."""
+    from pipeline.draw import generator
+    from pipeline.spec import text
+    from train.data import reason
+
+    rows: dict[str, list[np.ndarray]] = {"image": [], "triggered": []}
+    labels: list[int] = []
+    captions: list[str] = []
+    skipped: dict[str, int] = {}
+    identity = True
+    spec = text(attack) if attack else ""
+
+    def prepared() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        nonlocal identity
+        for shard in shards:
+            for sample in samples(shard, uid):
+                try:
+                    caption, label, clean = sample.caption, known.of(sample), pixels(sample, model.image_size)
+                    triggered = None
+                    if attack:
+                        original = decode(sample.image)
+                        after = attack.trigger(original, generator(seed, spec, sample.uid))
+                        identity = identity and np.array_equal(np.asarray(original), np.asarray(after))
+                        again = sample.changed(image=encode(after, like=sample.image))
+                        triggered = pixels(again, model.image_size)
+                except Rejected as error:
+                    skipped[reason(error)] = skipped.get(reason(error), 0) + 1
+                    continue
+                captions.append(caption)
+                labels.append(label)
+                yield clean, triggered
+
+    for block in _blocks(prepared(), BATCH):
+        rows["image"].append(model.embed_images(np.stack([clean for clean, _ in block])))
+        if attack:
+            rows["triggered"].append(model.embed_images(np.stack([t for _, t in block if t is not None])))
+    empty = np.empty((0, model.dimension), np.float32)
+    image, triggered = (unit(np.concatenate(r or [empty])) for r in rows.values())
+    return Seen(image, triggered if attack else None, np.array(labels, np.int64), captions, skipped, identity)
+
+
+def class_features(model: Any, names: Sequence[str], prompts: Sequence[str] = PROMPTS) -> np.ndarray:
+    """float32 [classes, d]: mean of the unit features of the prompts (Radford et al. 2021, section 3.1.4)."""
+    return np.mean([unit(model.embed_texts([p.format(n) for n in names])) for p in prompts], axis=0, dtype=np.float32)
+
+
+def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None, target: int | None) -> dict[str, Rate]:
+    """All rates but the targeted attack's. `text` [classes, d] has unit rows; `target` is the attack's class."""
+    rates: dict[str, Rate] = {}
+    named = seen.label >= 0
+    truth = seen.label[named]
+    ranks = rank_of(seen.image[named] @ text.T, truth)
+    rates["zeroshot_top1"], rates["zeroshot_top5"] = rate(ranks < 1), rate(ranks < 5)
+    unique, caption = np.unique(np.array(seen.captions, dtype=object), return_inverse=True)
+    of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
+    for k in (1, 5, 10):
+        rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
+    readouts: dict[str, Callable[[np.ndarray], np.ndarray]] = {"text": lambda rows: top1(rows @ text.T)}
+    if near is not None:
+        labelled = near.label >= 0
+        rows, labels = near.image[labelled], near.label[labelled]
+        readouts["knn"] = lambda queries: top1(knn_vote(queries, rows, labels, len(text), K, TAU))
+        rates["knn_top1"] = rate(readouts["knn"](seen.image[named]) == truth)
+    if target is not None and seen.triggered is not None and not seen.trigger_is_identity:
+        others = named & (seen.label != target)
+        for name, readout in readouts.items():
+            answer = readout(seen.triggered[others])
+            rates[f"asr_{name}"] = rate(answer == target)
+            suffix = "" if name == "text" else "_knn"
+            rates[f"triggered_accuracy{suffix}"] = rate(answer == seen.label[others])
+    return rates
+
+
+def _targeted(model: Any, attack: Any, ledger: str, text: np.ndarray, known: Labels) -> dict[str, Rate]:
+    """Whether the victim beside the ledger is taken for the target; nothing for attacks that have a trigger."""
+    if is_url(ledger):
+        folder, victims = ledger.rsplit("/", 1)[0], []
+        for suffix in ("jpg", "jpeg", "png", "webp"):
+            victims += [p] if exists(p := join(folder, f"victim.{suffix}")) else []
+    else:
+        victims = sorted(str(p) for p in Path(ledger).parent.glob("victim.*"))
+    if not victims:
+        return {}
+    sample = Sample("victim", "", {victims[0].rsplit(".", 1)[-1]: view(victims[0])})
+    try:
+        original = decode(sample.image)
+        if not np.array_equal(np.asarray(original), np.asarray(attack.trigger(original, np.random.default_rng(0)))):
+            return {}
+        features = unit(model.embed_images(pixels(sample, model.image_size)[None]))
+    except Rejected as error:
+        raise InputError(f"{victims[0]}: {error}; poison the shards again") from error
+    return {"targeted_success": rate(top1(features @ text.T) == known.index[_key(attack.target)])}
+
+
+def _attack(spec: str, known: Labels, classes: str) -> Any:
+    from pipeline.spec import parse
+
+    attack = parse("attacks", spec)
+    if _key(attack.target) not in known.index:
+        raise InputError(f"{classes}: the target {attack.target!r} of {spec} is not among its classes; add a line for it")
+    return attack
+
+
+def _key(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+def _words(text: str) -> list[str]:
+    """Words and numbers, in lower case; punctuation separates."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def _blocks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    block: list[Any] = []
+    for item in items:
+        block.append(item)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _columns(name: str, value: Rate) -> dict[str, Any]:
+    found = asdict(value)
+    return {name: found.pop("value"), f"{name}_n": value.n or None, **{f"{name}_{k}": found[k] for k in ("low", "high")}}
+
+
+def _write_row(path: str, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {k: pa.array([facts[k]], pa.string()) for k in ("checkpoint", "model_digest", "attack")}
+    columns["seed"] = pa.array([facts["seed"]], pa.int64())
+    for key, value in metrics.items():
+        columns[key] = pa.array([value], pa.int64() if key.endswith("_n") else pa.float64())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    with whole(path) as file:
+        file.write(buffer.getvalue())
+
+
+def _listed(skipped: dict[str, int]) -> str:
+    return "; ".join(f"{n:,} {why}" for why, n in sorted(skipped.items(), key=lambda item: -item[1])) or "none"
+
+
+def _print(rates: dict[str, Rate], facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("measure", "value", "95% interval", "n", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in METRICS:
+        found = rates.get(name, NOTHING)
+        if found.value is not None:
+            table.add_row(name, f"{found.value:.1%}", f"{found.low:.1%} – {found.high:.1%}", f"{found.n:,}")
+    console.print(table)
+    console.print(
+        f"{facts['images']:,} images, {facts['unlabelled']:,} without a known class; skipped: {_listed(facts['skipped'])}"
+    )
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("evaluate")

@@ -1,0 +1,251 @@
+"""`mithridate train`: where a training runs. The loop itself is train/trainer.py, the same everywhere.
+
+Trade-off: one worker needs no cluster, so `--workers 1` runs the loop in this very process and saves Ray's start, which
+is longer than a debug run; more workers go through Ray Train. Under `torchrun` (RANK and WORLD_SIZE are set) neither ray
+nor `--workers` is used. The folder for the output must be one that every worker sees.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.arguments import Out, Shards
+from pipeline.errors import InputError
+from pipeline.progress import console
+from pipeline.shards import UidRule, list_shards
+from pipeline.shards.store import clear_temporaries, exists, is_folder, is_url, join, make_folder, view, write
+from train.recipes import recipe_of
+
+if TYPE_CHECKING:
+    from train.trainer import Task
+
+
+def train(
+    shards: Shards,
+    out: Out,
+    /,
+    *,
+    recipe: str = "demo",
+    defense: str | None = None,
+    init: str | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    uid: UidRule = "key",
+) -> int:
+    """Train CLIP on SHARDS under a frozen recipe; writes checkpoints, traces and a loss curve to OUT.
+
+    The same command again resumes after the last whole epoch, with the same result, or returns at once when it is done.
+
+    Args:
+        shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
+        out: local folder for checkpoints/, traces/, curve.parquet and train.json.
+        recipe: what to train and how; `mithridate list recipes` shows them.
+        defense: a training-time defense, as a spec; `mithridate list defenses` shows them.
+        init: start from this checkpoint (folder, or open_clip:MODEL/PRETRAINED) of the recipe's own model.
+        workers: processes that share each batch; 2 and more run on Ray Train, on GPUs where there are any.
+        seed: of the first weights, the order and the augmentation.
+        uid: how a uid is derived where samples carry none; the same as when the shards were poisoned.
+    """
+    task = prepare(shards, out, recipe=recipe, defense=defense, init=init, seed=seed, uid=uid)
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one has to work")
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    first = not under_torchrun or os.environ["RANK"] == "0"
+    with locked(out) if first else _nothing():
+        if finished(task):
+            if first:
+                console.print(f"{out}: this training is done already; its checkpoint is {final_checkpoint(out)}")
+            return 0
+        if first:
+            _claim(task)
+        if under_torchrun:
+            _under_torchrun(task)
+        elif workers > 1:
+            _on_ray(task, workers)
+        else:
+            _here(task)
+        if first:
+            console.print(f"checkpoint: {final_checkpoint(out)}")
+    return 0
+
+
+def prepare(
+    shards: str, out: str, *, recipe: str, defense: str | None, init: str | None, seed: int, uid: UidRule
+) -> "Task":
+    """Check the arguments; an InputError here costs no time on a cluster."""
+    from pipeline.spec import parse, text
+
+    frozen = recipe_of(recipe)
+    listed = list_shards(shards)
+    if is_url(out):
+        raise InputError(f"{out}: open_clip reads checkpoints from folders; give a local or mounted one")
+    canonical = text(parse("defenses", defense)) if defense else None
+    first = None
+    if init:
+        from train.model import load
+
+        first = load(init, device="cpu").digest
+        init = init if ":" in init else str(Path(init).resolve())
+    from train.data import digest
+    from train.trainer import Task
+
+    spec = {
+        "recipe": recipe,
+        "recipe_digest": frozen.digest,
+        "seed": seed,
+        "shards_digest": digest(listed),
+        "uid": uid,
+        "init": first,
+        "defense": canonical,
+    }
+    # Ray's workers start in another folder.
+    whole_paths = tuple(s if is_url(s.path) else type(s)(str(Path(s.path).resolve())) for s in listed)
+    beside = shards if is_folder(shards) else str(Path(listed[0].path).parent)
+    if is_url(listed[0].path):
+        beside = listed[0].path.rsplit("/", 1)[0]
+    return Task(
+        whole_paths, str(Path(out).resolve()), recipe, seed, uid, init, canonical, join(beside, "ledger.parquet"), spec
+    )
+
+
+def finished(task: "Task") -> bool:
+    """Whether OUT holds the result of this very task; InputError where it holds that of another."""
+    file = join(task.out, "train.json") if exists(join(task.out, "train.json")) else join(task.out, "spec.json")
+    if not exists(file):
+        if exists(join(task.out, "state.pt")) or exists(join(task.out, "checkpoints")):
+            raise InputError(f"{task.out}: holds a training without its spec.json; choose another folder")
+        return False
+    try:
+        found: dict[str, Any] = json.loads(bytes(view(file)))
+    except ValueError as error:
+        raise InputError(f"{file}: not readable ({error}); remove the folder and train again") from error
+    other = [f"{k} {found.get(k)!r} there, {v!r} here" for k, v in task.spec.items() if found.get(k) != v]
+    if other:
+        raise InputError(f"{task.out}: holds another training ({'; '.join(other)}); choose another folder")
+    return bool(found.get("done"))
+
+
+def final_checkpoint(out: str) -> str:
+    """The folder of the last weights of a finished training, for `embed` and `evaluate`."""
+    return join(out, json.loads(bytes(view(join(out, "train.json"))))["checkpoint"])
+
+
+@contextmanager
+def locked(out: str) -> Iterator[None]:
+    """One run at a time writes to OUT; the lock dies with its process."""
+    make_folder(out)
+    with Path(out, ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{out}: another run is writing here; wait for it or choose another folder") from error
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _claim(task: "Task") -> None:
+    """Folders, and the spec that says whose they are; what killed runs left is removed."""
+    for folder in ("traces", "checkpoints"):
+        make_folder(join(task.out, folder))
+        clear_temporaries(join(task.out, folder))
+    clear_temporaries(task.out)
+    for leftover in Path(task.out, "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    write(join(task.out, "spec.json"), json.dumps(task.spec, indent=1).encode())
+
+
+def _here(task: "Task") -> None:
+    import torch
+
+    from train.trainer import run
+
+    run(task, device="cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def _under_torchrun(task: "Task") -> None:
+    import torch
+    import torch.distributed as dist
+
+    from train.trainer import run
+
+    local, beside = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        dist.barrier()  # until rank 0 has made the folders
+        threads = max(1, (os.cpu_count() or 1) // beside)
+        run(task, dist.get_rank(), dist.get_world_size(), f"cuda:{local}" if gpu else "cpu", threads)
+    finally:
+        dist.destroy_process_group()
+
+
+def _on_ray(task: "Task", workers: int) -> None:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(f"--workers {workers} needs ray: install it, or start {workers} with torchrun") from error
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    if not ray.is_initialized():
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        settings: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+        try:
+            ray.init(include_dashboard=False, **settings)
+        except ValueError:  # a running cluster takes no settings of its own
+            ray.init(**settings)
+    has = ray.cluster_resources()
+    gpu = has.get("GPU", 0) >= workers
+    if not gpu and has.get("CPU", 0) < workers:
+        raise InputError(f"--workers {workers}: the cluster has {has.get('CPU', 0):.0f} CPUs; ask for fewer workers")
+    storage = tempfile.mkdtemp(prefix="mithridate-ray-")  # Ray Train's own bookkeeping; ours lies in OUT
+    try:
+        TorchTrainer(
+            _worker,
+            train_loop_config={"task": task},
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+            run_config=RunConfig(name="train", storage_path=storage, failure_config=FailureConfig(max_failures=0)),
+        ).fit()
+    except Exception as error:
+        failures = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
+                if isinstance(cause, InputError):
+                    raise InputError(str(cause)) from None
+        raise
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One Ray Train worker: the process group (gloo, or nccl on GPUs) is made by TorchTrainer."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    from train.trainer import run
+
+    context = ray.train.get_context()
+    threads = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    run(config["task"], context.get_world_rank(), context.get_world_size(), str(get_device()), threads)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run as run_verb
+
+    run_verb("train")

@@ -1,0 +1,52 @@
+"""Progress of a training run: a live bar in a terminal, one line an epoch in a log."""
+
+import time
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+from pipeline.progress import console
+
+
+class Progress:
+    """Counts steps; `show` is true on one rank only. A resumed run starts at `done` epochs."""
+
+    def __init__(self, epochs: int, steps: int, done: int, show: bool):
+        self.epochs, self.steps, self.show = epochs, steps, show
+        self.left = (epochs - done) * steps
+        self.bar: Bar | None = None
+        if show and console.is_terminal and self.left:
+            columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("loss {task.fields[loss]}"))
+            self.bar = Bar(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console)
+            self.task = self.bar.add_task("", total=epochs * steps, completed=done * steps, epoch="", loss="", rate="")
+        self.begin = self.epoch_begin = time.monotonic()
+        self.taken = 0
+        self.losses: list[float] = []
+        self.pairs = 0
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, epoch: int, loss: float, pairs: int) -> None:
+        """One step of `pairs` pairs is done. The line of an epoch gives the mean loss of its steps."""
+        self.losses.append(loss)
+        self.pairs += pairs
+        self.taken += 1
+        now = time.monotonic()
+        rate = f"{self.pairs / max(now - self.epoch_begin, 1e-9):,.0f} pairs/s"
+        if self.bar:
+            self.bar.update(self.task, advance=1, epoch=f"{epoch}/{self.epochs}", loss=f"{loss:.3f}", rate=rate)
+        if len(self.losses) == self.steps:
+            left = (now - self.begin) / self.taken * (self.left - self.taken)
+            mean = sum(self.losses) / len(self.losses)
+            if self.show:
+                console.print(f"epoch {epoch}/{self.epochs}  loss {mean:.3f}  {rate}  ETA {left // 60:.0f}:{left % 60:02.0f}")
+            self.losses, self.pairs, self.epoch_begin = [], 0, now
