@@ -94,8 +94,10 @@ def each(
                 progress.advance(getattr(result, "read", 0))
                 yield shard, result
         finally:
-            for reference in running:  # left early: Ctrl-C, or an error in another shard
+            for reference in running:  # left early: Ctrl-C, or a defect in another shard
                 ray.cancel(reference, force=True)
+            if running:  # what they have begun to write can be cleared only when they are gone
+                ray.wait(list(running), num_returns=len(running), timeout=10)
 
 
 def shard_map(

@@ -1,10 +1,10 @@
 """Shards -> batches: without replacement, in an order that is a function of (seed, epoch, uid) alone.
 
-Trade-off: one pass over the shards decodes every image before the first step, so the number of pairs, and with it every
-batch, is known and a bad sample is counted once. Pixels stay in memory as uint8 at the recipe's size while they fit
-`WINDOW_BYTES`; then the order is a shuffle of everything. Beyond that, shards are shuffled, and pairs within a window of
-shards that fits; each epoch decodes again, in threads that hide behind the steps. What grows with the data set is the
-index: 32 bytes of uid and 4 per token of context for each pair.
+Trade-off: one pass over the shards decodes every image before the first step, so the number of pairs, and with it
+every batch, is known and a bad sample is counted once. Pixels stay in memory as uint8 at the recipe's size while they
+fit `WINDOW_BYTES`; then the order is a shuffle of everything. Beyond that, shards are shuffled, and pairs within a
+window of shards that fits; each epoch decodes again, in threads that hide behind the steps. What grows with the data
+set is the index: 32 bytes of uid and 4 per token of context for each pair.
 
 Every rank derives the same global order and takes its slice of each global batch. Pairs that two data sets share come
 in the same relative order in both, so a run on filtered shards differs from the other by the filter and not by the luck
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,7 +98,8 @@ def index(
 
     Raises InputError on every rank for a broken shard, a uid that occurs twice, or nothing to train on.
     """
-    found: dict[int, Any] | InputError = {}
+    mine: dict[int, _Part] = {}
+    failed: InputError | None = None
     room = window_bytes
     try:
         for number in range(rank, len(shards), world):
@@ -105,11 +107,11 @@ def index(
             room -= part.pixels.nbytes if part.pixels is not None else room
             if room < 0:
                 part.pixels = None
-            found[number] = part
+            mine[number] = part
     except InputError as error:
-        found = error
+        failed = error
     parts: dict[int, _Part] = {}
-    for theirs in _gathered(found, world):
+    for theirs in _gathered(failed or mine, world):
         if isinstance(theirs, InputError):
             raise theirs
         parts |= theirs
@@ -201,10 +203,7 @@ def batches(
     """This rank's batches of an epoch (1-based), augmented, prepared by a thread while the last one is trained on."""
     rows, window = order(index, seed, epoch, window_bytes)
     edges = cuts(len(index), recipe.batch, world)
-    slices = [
-        np.arange(a + (b - a) // world * rank, a + (b - a) // world * (rank + 1))
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    slices = [np.arange(a + (b - a) // world * rank, a + (b - a) // world * (rank + 1)) for a, b in pairwise(edges)]
     mine = np.concatenate(slices)
     keys = keys_of(index.uid)
 
@@ -217,9 +216,8 @@ def batches(
             images, stock = stock[: len(part)], stock[len(part) :]
             at = rows[part]
             images = augment(images, recipe, mix(keys[at], seed, epoch, 2))
-            yield Batch(
-                at, torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(index.tokens[at].astype(np.int64)), int(total)
-            )
+            tokens = torch.from_numpy(index.tokens[at].astype(np.int64))
+            yield Batch(at, torch.from_numpy(images).permute(0, 3, 1, 2), tokens, int(total))
 
     return prefetch(prepared(), 4)
 
@@ -238,7 +236,8 @@ def augment(images: np.ndarray, recipe: Recipe, keys: np.ndarray) -> np.ndarray:
         grid = np.arange(side) - (side - 1) / 2
         scale = 1 - recipe.zoom * draws[:, 2:3]
         room = recipe.pad + (1 - scale) * side / 2
-        y, x = (grid * scale + np.round((2 * draws[:, i : i + 1] - 1) * room) for i in (0, 1))
+        # half a pixel more, so that the outermost shifts are as frequent as the others after rounding
+        y, x = (grid * scale + np.rint((2 * draws[:, i : i + 1] - 1) * (room + 0.5)) for i in (0, 1))
         if recipe.flip:
             x = np.where(draws[:, 3:4] < 0.5, -x, x)
         y, x = (np.clip(np.rint(v + (side - 1) / 2), 0, side - 1).astype(np.intp) for v in (y, x))
@@ -345,7 +344,7 @@ def _mapped(function: Any, items: Iterator[Sample]) -> Iterator[tuple[Sample, An
 def _pixels(index: Index, rows: np.ndarray, window: np.ndarray) -> Iterator[np.ndarray]:
     """The pixels of `rows` in that order, a window at a time: from memory, or decoded again one window ahead."""
     edges = np.flatnonzero(np.diff(window, prepend=-1, append=-1))
-    parts = [rows[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [rows[a:b] for a, b in pairwise(edges)]
     if index.pixels is not None:
         for part in parts:
             for start in range(0, len(part), 1024):  # a gather of everything at once would double the memory
@@ -385,6 +384,6 @@ def _check_unique(index: Index) -> None:
     if len(twice):
         first, second = (index.shards[index.shard[sorted_rows[twice[0] + i]]].path for i in (0, 1))
         raise InputError(
-            f"{first} and {second}: uid {uids[twice[0]].decode()} is in both ({len(twice):,} such); uids must be unique "
-            f"(--uid shard/key if keys repeat per shard, or remove the copy)"
+            f"{first} and {second}: uid {uids[twice[0]].decode()} is in both ({len(twice):,} such); uids must be "
+            "unique (--uid shard/key if keys repeat per shard, or remove the copy)"
         )

@@ -1,9 +1,9 @@
 """`mithridate evaluate`: what a checkpoint knows, and what an attack makes of it, each with its n and 95% interval.
 
-Trade-off: two readouts of the same image features, because each can be fooled alone: zero-shot asks the text tower, which
-a poison also taught; the k-nearest-neighbour vote over labelled reference images asks only the image tower. A triggered
-image is encoded in its own format and decoded again, so it suffers at test time what a poison suffered in training.
-Memory holds the features, not the images.
+Trade-off: two readouts of the same image features, because each can be fooled alone: zero-shot asks the text tower,
+which a poison also taught; the k-nearest-neighbour vote over labelled reference images asks only the image tower. A
+triggered image is encoded in its own format and decoded again, so it suffers at test time what a poison suffered in
+training. Memory holds the features, not the images.
 """
 
 import io
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +172,7 @@ class Labels:
 
 @dataclass
 class Seen:
-    """Features of n images, in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 unknown."""
+    """n images in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 where unknown."""
 
     image: np.ndarray
     triggered: np.ndarray | None
@@ -182,9 +182,7 @@ class Seen:
     trigger_is_identity: bool = True
 
 
-def look(
-    model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attack: Any = None, seed: int = 0
-) -> Seen:
+def look(model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attack: Any = None, seed: int = 0) -> Seen:
     """Decode, trigger and embed every image once."""
     from pipeline.draw import generator
     from pipeline.spec import text
@@ -228,7 +226,8 @@ def look(
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str] = PROMPTS) -> np.ndarray:
     """float32 [classes, d]: mean of the unit features of the prompts (Radford et al. 2021, section 3.1.4)."""
-    return np.mean([unit(model.embed_texts([p.format(n) for n in names])) for p in prompts], axis=0, dtype=np.float32)
+    prompted = [unit(model.embed_texts([p.format(n) for n in names])) for p in prompts]
+    return np.stack(prompted).mean(axis=0, dtype=np.float32)
 
 
 def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None, target: int | None) -> dict[str, Rate]:
@@ -284,7 +283,7 @@ def _attack(spec: str, known: Labels, classes: str) -> Any:
 
     attack = parse("attacks", spec)
     if _key(attack.target) not in known.index:
-        raise InputError(f"{classes}: the target {attack.target!r} of {spec} is not among its classes; add a line for it")
+        raise InputError(f"{classes}: the target of {spec} is not among these classes; add a line for it")
     return attack
 
 
@@ -310,7 +309,8 @@ def _blocks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def _columns(name: str, value: Rate) -> dict[str, Any]:
     found = asdict(value)
-    return {name: found.pop("value"), f"{name}_n": value.n or None, **{f"{name}_{k}": found[k] for k in ("low", "high")}}
+    interval = {f"{name}_{k}": found[k] for k in ("low", "high")}
+    return {name: found["value"], f"{name}_n": value.n or None, **interval}
 
 
 def _write_row(path: str, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -342,9 +342,8 @@ def _print(rates: dict[str, Rate], facts: dict[str, Any]) -> None:
         if found.value is not None:
             table.add_row(name, f"{found.value:.1%}", f"{found.low:.1%} – {found.high:.1%}", f"{found.n:,}")
     console.print(table)
-    console.print(
-        f"{facts['images']:,} images, {facts['unlabelled']:,} without a known class; skipped: {_listed(facts['skipped'])}"
-    )
+    unknown = f"{facts['unlabelled']:,} without a known class"
+    console.print(f"{facts['images']:,} images, {unknown}; skipped: {_listed(facts['skipped'])}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`mithridate train`: where a training runs. The loop itself is train/trainer.py, the same everywhere.
 
-Trade-off: one worker needs no cluster, so `--workers 1` runs the loop in this very process and saves Ray's start, which
-is longer than a debug run; more workers go through Ray Train. Under `torchrun` (RANK and WORLD_SIZE are set) neither ray
-nor `--workers` is used. The folder for the output must be one that every worker sees.
+Trade-off: one worker needs no cluster, so `--workers 1` runs the loop in this very process and saves Ray's start,
+which is longer than a debug run; more workers go through Ray Train. Under `torchrun` (RANK and WORLD_SIZE are set)
+neither ray nor `--workers` is used. The folder for the output must be one that every worker sees.
 """
 
 import fcntl
@@ -205,7 +205,8 @@ def _on_ray(task: "Task", workers: int) -> None:
     if not ray.is_initialized():
         root = str(Path(__file__).resolve().parent.parent)
         paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-        settings: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+        variables = {"env_vars": {"PYTHONPATH": paths}}
+        settings: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": variables}
         try:
             ray.init(include_dashboard=False, **settings)
         except ValueError:  # a running cluster takes no settings of its own

@@ -63,8 +63,8 @@ def retrieval_ranks(image: np.ndarray, text: np.ndarray, caption: np.ndarray, bl
 
     image [n, d] and text [c, d] have unit rows; caption int[n] is the row of `text` that belongs to each image. Equal
     captions are one row, so an image that shares its caption with others is a hit for it. Returns int[n] (for each
-    image, texts that score at least as high as its own) and int[c] (for each text, images of other captions that score at
-    least as high as the best of its own).
+    image, texts that score at least as high as its own) and int[c] (for each text, images of other captions that score
+    at least as high as the best of its own).
     """
     image_rank = np.empty(len(image), np.int64)
     best = np.full(len(text), -np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""open_clip models: build one from a recipe, save it so that open_clip itself loads it, load one from a folder or a hub.
+"""open_clip models: build one from a recipe, save it so that open_clip itself loads it, load one from folder or hub.
 
 Trade-off: a checkpoint holds the whole 49,408-word embedding although a run trains only the rows it meets. That is most
 of the file, and the price of `open_clip.create_model_and_transforms("local-dir:FOLDER")` working without us.
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pipeline.errors import InputError
@@ -32,9 +33,9 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint. `digest` is the start of the sha256 of its weights; mean and std are per channel in [0, 1]."""
+    """A loaded checkpoint. `digest` is the start of its weights' sha256; mean and std are per channel in [0, 1]."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     image_size: int
     mean: tuple[float, ...]
@@ -67,8 +68,58 @@ class Model:
         return torch.cat(rows).float().cpu().numpy()
 
 
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch statistics over all ranks, on any backend: torch's own SyncBatchNorm does not run on CPUs.
+
+    Equal slices on every rank; the sums are taken in float32.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = x.numel() / x.shape[1] * dist.get_world_size()
+        wide = x.float()
+        sums = _Sum.apply(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))]))
+        mean = sums[0] / n
+        variance = (sums[1] / n - mean.square()).clamp_min(0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """all_reduce whose gradient is all_reduced too, as gather_with_grad does it: DDP divides by the world size."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def synchronise(module: nn.Module) -> None:
+    """Make the batch norms of a model count over all ranks, or two workers would train another model than one."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum)
+            synced.load_state_dict(child.state_dict())
+            setattr(module, name, synced.to(child.weight.device))
+        else:
+            synchronise(child)
+
+
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in channels_last memory, as torchvision's ToTensor and Normalize do."""
+    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w], channels_last, as torchvision's ToTensor and Normalize do."""
     shift = torch.tensor(mean, device=images.device) * 255
     scale = torch.tensor(std, device=images.device) * 255
     return ((images.float() - shift) / scale).permute(0, 3, 1, 2)
@@ -158,7 +209,7 @@ def state_digest(state: Mapping[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(state):
         sha.update(name.encode())
-        sha.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -175,8 +226,8 @@ def _check_folder(folder: Path) -> str:
             raise ValueError("no model_cfg")
     except (ValueError, TypeError) as error:
         raise InputError(f"{config}: not an open_clip config ({error}); train or copy the checkpoint again") from error
-    with weights.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
+    with weights.open("rb") as opened:
+        sha = hashlib.file_digest(opened, "sha256").hexdigest()
     return sha[:16]
 
 
@@ -203,7 +254,7 @@ def _why(error: Exception) -> str:
     """The cause in one line, and the remedy."""
     line = str(error).strip().split("\n")[0]
     if "state_dict" in line or "size mismatch" in str(error):
-        return "these weights belong to another model than the config beside them says; train or copy the checkpoint again"
+        return "the weights are those of another model than the config beside them; train or copy the checkpoint again"
     if type(error).__name__ == "SafetensorError":
         return f"broken weights file ({line}); train or copy the checkpoint again"
     return f"open_clip cannot load it ({type(error).__name__}: {line[:200]})"

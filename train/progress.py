@@ -3,7 +3,8 @@
 import time
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from pipeline.progress import console
 
@@ -48,5 +49,6 @@ class Progress:
             left = (now - self.begin) / self.taken * (self.left - self.taken)
             mean = sum(self.losses) / len(self.losses)
             if self.show:
-                console.print(f"epoch {epoch}/{self.epochs}  loss {mean:.3f}  {rate}  ETA {left // 60:.0f}:{left % 60:02.0f}")
+                eta = f"{left // 60:.0f}:{left % 60:02.0f}"
+                console.print(f"epoch {epoch}/{self.epochs}  loss {mean:.3f}  {rate}  ETA {eta}")
             self.losses, self.pairs, self.epoch_begin = [], 0, now

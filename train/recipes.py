@@ -1,7 +1,8 @@
 """Frozen recipes: everything that is not under test is fixed here, in one table.
 
-Trade-off: a comparison of filters is worth nothing when each was trained a little differently, so a recipe has no flags;
-whoever wants other numbers adds a row under a new name. After DataComp's scale_configs.py (Gadre et al. 2023, section 3).
+Trade-off: a comparison of filters is worth nothing when each was trained a little differently, so a recipe has no
+flags; whoever wants other numbers adds a row under a new name. After DataComp's scale_configs.py (Gadre et al. 2023,
+section 3).
 This module imports nothing heavy: `mithridate list recipes` answers at once.
 """
 
@@ -17,8 +18,8 @@ from pipeline.spec import digest
 class Recipe:
     """One way to train. `model` is an open_clip model config; lengths are in pixels of the model's image size.
 
-    `warmup` is the share of all steps with a rising learning rate, a cosine to zero follows. `pad` shifts an image by up
-    to that many pixels (borders repeated), `zoom` crops up to that share of its side, `gain` scales each colour
+    `warmup` is the share of all steps with a rising learning rate, a cosine to zero follows. `pad` shifts an image by
+    up to that many pixels (borders repeated), `zoom` crops up to that share of its side, `gain` scales each colour
     channel by up to that share. `checkpoints` lists epochs (1-based) that are kept beside the last.
     """
 
@@ -62,7 +63,13 @@ def _clip(vision: dict[str, Any], embed: int, width: int, layers: int, context: 
     return {
         "embed_dim": embed,
         "vision_cfg": vision,
-        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": width, "heads": width // 64, "layers": layers},
+        "text_cfg": {
+            "context_length": context,
+            "vocab_size": 49408,
+            "width": width,
+            "heads": max(1, width // 64),
+            "layers": layers,
+        },
         "init_logit_scale": math.log(1 / tau),
     }
 
@@ -73,7 +80,7 @@ RECIPES: dict[str, Recipe] = {
         model=_clip({"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, embed=64, width=64, layers=1),
         batch=64,
         epochs=12,
-        lr=2e-3,
+        lr=1e-3,
         warmup=0.1,
         weight_decay=0.1,
         pad=2,
@@ -82,11 +89,14 @@ RECIPES: dict[str, Recipe] = {
     "debug_vit": Recipe(
         summary="the same size with ViT towers",
         model=_clip(
-            {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}, embed=64, width=64, layers=1
+            {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+            embed=64,
+            width=64,
+            layers=1,
         ),
         batch=64,
         epochs=12,
-        lr=2e-3,
+        lr=5e-4,
         warmup=0.1,
         weight_decay=0.1,
         pad=2,

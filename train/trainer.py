@@ -5,7 +5,7 @@ a killed run repeats at most an epoch, and repeats it exactly: batches and augme
 uid), so there is no loader state to save.
 
 Traces hold the loss and the similarity of a pair as the batch's forward pass found them, before the step that could
-memorise it (reference/attacks_defenses.md 5.3 says why that matters to a filter).
+memorise it: when a sample is scored matters to a filter as much as how.
 """
 
 import io
@@ -13,7 +13,9 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule
-from pipeline.shards.store import exists, join, view, whole, write
+from pipeline.shards.store import exists, join, view, write
 from train import data, model
 from train.data import Batch, Index
 from train.defenses import Defense
 from train.progress import Progress
 from train.recipes import Recipe, recipe_of
+from train.traces import CURVE, write_curve, write_traces
 
 MAX_LOGIT_SCALE = float(np.log(100))  # as open_clip clamps it (Radford et al. 2021, section 2.5)
-CURVE = {"step": "int32", "epoch": "int32", "loss": "float32", "lr": "float32", "seconds": "float32", "pairs": "int32"}
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class Towers(nn.Module):
     keep their values at the start, where a dense optimiser would only have decayed them.
     """
 
-    def __init__(self, clip: nn.Module, used: np.ndarray | None):
+    def __init__(self, clip: Any, used: np.ndarray | None):
         super().__init__()
-        self.clip = clip
+        self.clip: Any = clip
         self.whole: torch.Tensor | None = None
-        self.register_buffer("row_of", None, persistent=False)
+        self.used: torch.Tensor | None
+        self.row_of: torch.Tensor | None
         self.register_buffer("used", None, persistent=False)
+        self.register_buffer("row_of", None, persistent=False)
         if used is not None:
             self.whole = clip.token_embedding.weight.detach().clone()
             self.used = torch.from_numpy(used.astype(np.int64))
@@ -96,7 +100,7 @@ class Towers(nn.Module):
     def state(self) -> dict[str, torch.Tensor]:
         """The state dict of the whole open_clip model."""
         state = dict(self.clip.state_dict())
-        if self.whole is not None:
+        if self.whole is not None and self.used is not None:
             full = self.whole.clone()
             full[self.used.cpu()] = state["token_embedding.weight"].cpu()
             state["token_embedding.weight"] = full
@@ -121,9 +125,6 @@ class Trainer:
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
         self.steps = len(data.cuts(len(self.index), self.recipe.batch, world)) - 1
         self._clock = (time.perf_counter(), time.process_time())
-        # On a CPU the flash kernel's backward pass took 31% of a step of 16 tokens (measured); two plain products do not.
-        backends = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
-        self._kernels = sdpa_kernel(backends)
 
     def fit(self) -> dict[str, Any]:
         """Train what is left to train; returns the facts of the run."""
@@ -163,7 +164,8 @@ class Trainer:
                 group["lr"] = lr
             batch = self.defense.augment(batch)
             images = model.normalise(batch.images.permute(0, 2, 3, 1).to(self.device), recipe.mean, recipe.std)
-            with self._kernels, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+            with _kernels(self.device), half:
                 image, text, scale = self.ddp(images, batch.tokens.to(self.device))
             of_image, of_text = contrastive.get_logits(image, text, scale)
             truth = contrastive.get_ground_truth(self.device, len(image))
@@ -229,6 +231,8 @@ class Trainer:
         # A defense that rewrites captions may use words that no caption of the index has.
         plain = type(self.defense).augment is Defense.augment
         used = np.unique(self.index.tokens) if plain else None
+        if self.world > 1:
+            model.synchronise(clip)
         return Towers(clip, used).to(self.device).to(memory_format=torch.channels_last)
 
     def _resume(self) -> None:
@@ -304,6 +308,7 @@ def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads:
     # Same command, same weights. On a GPU some kernels have no deterministic form: they warn and run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather", FutureWarning)  # open_clip's
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     defense = parse("defenses", task.defense) if task.defense else Defense()
     say = console.print if rank == 0 else lambda line: None
@@ -351,45 +356,19 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
+def _kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU the flash kernel's backward took 31% of the demo's step (16 tokens); two plain products take 5%."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 def checkpoint_path(out: str, epoch: int) -> str:
     return join(out, f"checkpoints/epoch_{epoch:03d}")
 
 
-def write_traces(path: str, index: Index, epoch: int, row: np.ndarray, loss: np.ndarray, similarity: np.ndarray) -> None:
-    """uid, shard, epoch, loss, similarity of the index rows; sorted by shard and uid, one row group a shard."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    by = np.lexsort((index.uid[row], np.array([s.name for s in index.shards])[index.shard[row]]))
-    row, loss, similarity = row[by], loss[by], similarity[by]
-    types = {"uid": pa.string(), "shard": pa.string(), "epoch": pa.int32(), "loss": pa.float32()}
-    schema = pa.schema([*types.items(), ("similarity", pa.float32())])
-    edges = [0, *(np.flatnonzero(np.diff(index.shard[row])) + 1), len(row)]
-    with whole(path) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), schema, compression="zstd") as writer:
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
-            columns = {
-                "uid": [u.decode() for u in index.uid[row[a:b]]],
-                "shard": [index.shards[index.shard[row[a]]].name] * (b - a),
-                "epoch": np.full(b - a, epoch, np.int32),
-                "loss": loss[a:b],
-                "similarity": similarity[a:b],
-            }
-            writer.write_table(pa.table(columns, schema=schema))
-
-
-def write_curve(path: str, curve: Mapping[str, list[float]]) -> None:
-    """One row a step: step (0-based), epoch (1-based), loss, lr, seconds since the start, pairs of the global batch."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({name: pa.array(np.asarray(curve[name], kind)) for name, kind in CURVE.items()})
-    with whole(path) as file:
-        pq.write_table(table, pa.PythonFile(file, "w"), compression="zstd")
-
-
 def _optimizer(towers: Towers, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW without decay of gains, biases, norms and the logit scale: open_clip's groups (open_clip_train/main.py)."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in towers.named_parameters():
         plain = parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
         (rest if plain else decay).append(parameter)

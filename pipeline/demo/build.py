@@ -30,19 +30,17 @@ import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image, ImageChops, ImageOps
 
-SIDE = 64
-ROWS = 1000  # a shard
+SIDE, ROWS = 64, 1000  # of a picture in pixels, of a shard
 EVAL = "openmoji"
-STYLES = {  # package of @iconify-json: (SPDX licence, sha256)
+STYLES = {  # package of @iconify-json: (SPDX licence, sha256); what fxemoji declares, Apache, is for its code only
     "noto@1.2.9": ("Apache-2.0", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "noto-v1@1.2.5": ("Apache-2.0", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
-    "fxemoji@1.2.2": ("Apache-2.0", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+    "fxemoji@1.2.2": ("CC-BY-4.0", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
     "fluent-emoji-flat@1.2.6": ("MIT", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
     "twemoji@1.2.5": ("CC-BY-4.0", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
     "emojione@1.2.3": ("CC-BY-4.0", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
     "openmoji@1.2.29": ("CC-BY-SA-4.0", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
 }
-PUBLIC_DOMAIN = "CC-PDDC"  # of Creative Commons, 2004: all of openclipart
 WORDS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 CLIPART = ("openclipart-svg=1:0.18+dfsg-19", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5")
 
@@ -51,7 +49,7 @@ CLIPART = ("openclipart-svg=1:0.18+dfsg-19", "989712d90d57dfa3230049f553bb43b76c
 SKIP_FOLDERS = re.compile(
     "(shapes/stars|special|logos|unsorted/dup|recreation/games/cards|computer/icons/(flat|lemon-theme/(apps|mime)))"
 )
-SKIP_NAMES = re.compile(r"sexy|nude|naked|nazi|swastika|reich|sunwheel", re.I)
+SKIP_NAMES = re.compile(r"sexy|nude|naked|nazi|swastika|reich|sunwheel|stripper|pantyhose", re.I)
 # Not captions but the names of collections, of tools and of nothing at all.
 BOILERPLATE = re.compile(
     r"collection|theme|icon ?set|submission|sibmission|clip ?arts?\b|untitled|unnamed|unknown|symbol.signs"
@@ -75,18 +73,18 @@ def sha(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def output(command, folder=None):
-    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE).stdout  # noqa: S603, ours alone
+def output(command, **how):
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, **how).stdout  # noqa: S603, ours alone
 
 
-def fetch(command, digest, folder):
-    """The archive that `command` leaves in `folder`, refused unless it is the one we know."""
-    folder.mkdir()
-    output(command, folder)
-    (archive,) = folder.iterdir()
-    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != digest:
+def fetch(command, digest):
+    """The one file that `command` downloads, refused unless it is the one we know."""
+    with tempfile.TemporaryDirectory() as folder:
+        output(command, cwd=folder)
+        (archive,) = [path.read_bytes() for path in Path(folder).iterdir()]
+    if (found := hashlib.sha256(archive).hexdigest()) != digest:
         sys.exit(f"{command[-1]}: sha256 is {found}, expected {digest}")
-    return archive
+    return io.BytesIO(archive)
 
 
 def members(tar, suffix):
@@ -96,9 +94,8 @@ def members(tar, suffix):
             yield member.name, tar.extractfile(member).read()
 
 
-def npm(package, digest, folder):
-    archive = fetch(["npm", "pack", "--silent", "--ignore-scripts", package], digest, folder)
-    with tarfile.open(archive) as tar:
+def npm(package, digest):
+    with tarfile.open(fileobj=fetch(["npm", "pack", "--silent", "--ignore-scripts", package], digest)) as tar:
         return {name.removeprefix("package/"): json.loads(data) for name, data in members(tar, ".json")}
 
 
@@ -145,9 +142,8 @@ def tagged(caption, tags, most, salt):
 def emoji(source, licence, package, by_code, tags_of, names):
     """One picture of every concept that this artist drew."""
     icons = package["icons.json"]
-    # An alias may also be a mirrored icon; those are left out.
-    aliases = {name: of["parent"] for name, of in icons.get("aliases", {}).items() if len(of) == 1}
-    chosen = {}  # label: icon name
+    aliases = {name: of["parent"] for name, of in icons.get("aliases", {}).items() if len(of) == 1}  # else mirrored
+    chosen: dict[str, str] = {}  # label: icon name
     for code, name in sorted(package["chars.json"].items()):
         if label := by_code.get(code.upper().replace("-FE0F", "")):
             chosen.setdefault(label, name)
@@ -187,10 +183,11 @@ def stem_words(name, author):
     return " ".join(w for w in words if not any(part.startswith(w) for part in signature))
 
 
-def clipart(archive):
+def clipart(package, digest):
     """The openclipart pictures that say what they show."""
-    works, titles = [], collections.Counter()
-    with tarfile.open(fileobj=io.BytesIO(output(["dpkg", "--fsys-tarfile", archive]))) as tar:
+    works, titles = [], collections.Counter[str]()
+    unpacked = output(["dpkg", "--fsys-tarfile", "-"], input=fetch(["apt-get", "download", package], digest).read())
+    with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
         files = sorted(members(tar, ".svg"))
     for path, data in files:
         name = path.split("/svg/")[1].removesuffix(".svg")
@@ -215,7 +212,7 @@ def clipart(archive):
             tags = {tidy(tag).lower() for tag in re.findall("<rdf:li>(.*?)</rdf:li>", svg)}
             tags = {t for t in tags - NOT_WORDS if len(t) < 25 and WORD.search(t) and not BOILERPLATE.search(t)}
             caption = tagged(title, {t for t in tags if t not in f"{title} {author}".lower()}, 2, name)
-        yield row("openclipart", PUBLIC_DOMAIN, name, caption, svg, author=author)
+        yield row("openclipart", "CC-PDDC", name, caption, svg, author=author)
 
 
 def row(source, licence, name, caption, svg, label=None, author=None):
@@ -269,26 +266,25 @@ def write(rows, folder):
 
 
 def main(out):
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        book = concepts(npm(*WORDS, scratch / "words"))
-        rows = list(clipart(fetch(["apt-get", "download", CLIPART[0]], CLIPART[1], scratch / "clipart")))
-        for pin, (licence, digest) in STYLES.items():
-            source = pin.split("@")[0]
-            rows += emoji(source, licence, npm(f"@iconify-json/{pin}", digest, scratch / source), *book)
-    # The held-out style first: what it shares with the rest leaves the rest.
-    rows.sort(key=lambda r: (r["source"] != EVAL, r["uid"]))
+    book = concepts(npm(*WORDS))
+    rows = list(clipart(*CLIPART))
+    for pin, (licence, digest) in STYLES.items():
+        rows += emoji(pin.split("@")[0], licence, npm(f"@iconify-json/{pin}", digest), *book)
+    # Of equal pictures the first stays: the held-out style's, then the plainer concept's (France's, not Clipperton's).
+    rows.sort(key=lambda r: (r["source"] != EVAL, len(r["label"] or r["txt"]), r["uid"]))
     with concurrent.futures.ProcessPoolExecutor() as pool:
         drawn = [r for r in pool.map(draw, rows, chunksize=64) if r]
-    kept, captions = {}, collections.Counter()
+    kept: dict[bytes, dict] = {}
+    captions = collections.Counter[tuple]()
     for r in drawn:
         captions[r["label"], r["txt"].lower()] += 1
         if r["label"] or captions[None, r["txt"].lower()] <= SAME_CAPTION:
             kept.setdefault(r["webp"], r)
     assert len({r["key"] for r in kept.values()}) == len(kept), "keys must be unique"
-    train = [r for r in kept.values() if r["source"] != EVAL]
+    whole = sorted(kept.values(), key=lambda r: r["uid"])
+    train = [r for r in whole if r["source"] != EVAL]
     labels = {r["label"] for r in train}
-    test = [r for r in kept.values() if r["source"] == EVAL and r["label"] in labels]
+    test = [r for r in whole if r["source"] == EVAL and r["label"] in labels]
     write(train, out / "train")
     write(test, out / "eval")
     (out / "classes.txt").write_text("".join(f"{label}\n" for label in sorted(r["label"] for r in test)))

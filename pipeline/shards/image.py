@@ -64,6 +64,11 @@ def encode(image: Image.Image, like: bytes) -> bytes:
 def pixels(sample: Sample, size: int) -> np.ndarray:
     """The image as uint8 [size, size, 3]: shorter side to `size` (bicubic), centre crop, as open_clip prepares it."""
     image = decode(sample.image, near=size)
+    # Of a strip only the middle is kept, and only that is resized: 2,000,000x1 pixels would become 8 GB at size 32.
+    half, (wide, high) = 2 * min(image.size), image.size
+    if max(image.size) > 2 * half:
+        x, y = max(0, wide // 2 - half), max(0, high // 2 - half)
+        image = image.crop((x, y, min(wide, x + 2 * half), min(high, y + 2 * half)))
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:

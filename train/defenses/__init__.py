@@ -20,7 +20,7 @@ class Defense:
         return batch
 
     def loss(self, features: "Features", batch: "Batch", model: Any) -> "Tensor":
-        """The scalar that is minimised: by default open_clip's contrastive loss, averaged over the pairs of this rank."""
+        """The scalar that is minimised: open_clip's contrastive loss averaged over the pairs of this rank."""
         return features.losses.mean()
 
     def epoch_end(self, trainer: "Trainer") -> None:

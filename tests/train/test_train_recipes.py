@@ -1,0 +1,49 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.errors import InputError
+from train.recipes import RECIPES, recipe_of
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_builds_and_encodes(name: str) -> None:
+    import numpy as np
+
+    from train import model
+
+    recipe = RECIPES[name]
+    clip = model.build(recipe, seed=0).eval()
+    images = model.normalise(model.torch.zeros(2, recipe.image_size, recipe.image_size, 3), recipe.mean, recipe.std)
+    tokens = model.tokenizer_of(recipe)(["a red circle", "a"])
+    assert clip.encode_image(images).shape == clip.encode_text(tokens).shape == (2, recipe.model["embed_dim"])
+    assert np.all(np.isin(recipe.checkpoints, range(1, recipe.epochs)))
+    assert recipe.summary and "\n" not in recipe.summary
+    assert recipe.keeps(recipe.epochs)
+
+
+def test_digest_sees_every_field_but_the_summary() -> None:
+    recipe = RECIPES["debug"]
+    assert dataclasses.replace(recipe, summary="other words").digest == recipe.digest
+    assert dataclasses.replace(recipe, lr=recipe.lr * 2).digest != recipe.digest
+    assert dataclasses.replace(recipe, model={**recipe.model, "embed_dim": 65}).digest != recipe.digest
+    assert len({r.digest for r in RECIPES.values()}) == len(RECIPES)
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["debug"].lr = 1.0  # type: ignore[misc]
+
+
+def test_unknown_recipe_lists_the_valid_ones() -> None:
+    with pytest.raises(InputError, match="debug_vit"):
+        recipe_of("debgu")
+
+
+def test_signatures_import_nothing_heavy() -> None:
+    heavy = ("torch", "open_clip", "ray", "polars", "faiss", "pyarrow", "PIL.WebPImagePlugin")
+    code = f"import sys, train.launch, train.evaluate, train.recipes; print([m for m in {heavy} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,395 @@
+"""Whole trainings on real shards: what they leave behind, that they repeat, resume and refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from train import recipes
+from train.launch import final_checkpoint, train
+
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What a bare GPU box does not have; an import of one of them fails.
+BARE = "import sys; sys.modules.update(dict.fromkeys(('ray', 'polars', 'faiss')))\n"
+START = BARE + "from train.launch import train; sys.exit(train(sys.argv[1], sys.argv[2], recipe=sys.argv[3]))"
+
+
+def weights(out: Path) -> bytes:
+    return Path(final_checkpoint(str(out)), "open_clip_model.safetensors").read_bytes()
+
+
+def curve(out: Path, column: str = "loss") -> np.ndarray:
+    return pq.read_table(out / "curve.parquet").column(column).to_numpy()
+
+
+def start(shards: Path, out: Path, recipe: str = "debug") -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", START, shards, out, recipe], env=ENVIRONMENT, cwd=ROOT)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, f"ended before {path} was there"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`debug` on 96 pairs: 12 epochs of 2 steps."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert train(str(shapes(96, 3)), str(out), recipe="debug") == 0
+    return out
+
+
+def test_layout(finished: Path) -> None:
+    assert sorted(p.name for p in finished.iterdir() if p.name != ".lock") == sorted(
+        ["checkpoints", "curve.parquet", "spec.json", "state.pt", "traces", "train.json"]
+    )
+    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["epoch_004", "epoch_008", "epoch_012"]
+    facts = json.loads((finished / "train.json").read_text())
+    assert facts["done"] is True and facts["pairs"] == 96 and facts["skipped"] == {} and facts["known_poisons"] is None
+    assert facts["recipe"] == "debug" and facts["recipe_digest"] == recipes.RECIPES["debug"].digest
+    assert facts["checkpoint"] == "checkpoints/epoch_012" and facts["cpu_seconds"] > 0 and facts["seconds"] > 0
+    table = pq.read_table(finished / "curve.parquet")
+    assert table.column_names == ["step", "epoch", "loss", "lr", "seconds", "pairs"]
+    assert table.column("step").to_pylist() == list(range(24))
+    assert table.column("epoch").to_pylist() == [1 + i // 2 for i in range(24)]
+    assert sum(table.column("pairs").to_pylist()) == 12 * 96
+    assert np.all(np.diff(table.column("seconds").to_numpy()) > 0)
+    lr = table.column("lr").to_numpy()
+    assert lr.argmax() in (1, 2) and lr.max() == pytest.approx(recipes.RECIPES["debug"].lr) and lr[-1] < lr.max() / 50
+
+
+def test_it_learns(finished: Path) -> None:
+    assert curve(finished)[-2:].mean() < curve(finished)[:2].mean() - 0.5
+
+
+def test_traces_hold_every_pair_of_every_epoch(finished: Path, shapes: Callable[..., Path]) -> None:
+    from pipeline.shards import list_shards, samples
+
+    expected = [(s.name, x.uid) for s in list_shards(str(shapes(96, 3))) for x in samples(s)]
+    files = sorted((finished / "traces").iterdir())
+    assert [f.name for f in files] == [f"epoch_{e:03d}.rank0.parquet" for e in range(1, 13)]
+    mean = []
+    for number, file in enumerate(files, start=1):
+        table = pq.read_table(file)
+        assert table.schema.names == ["uid", "shard", "epoch", "loss", "similarity"]
+        assert [str(t) for t in table.schema.types] == ["string", "string", "int32", "float", "float"]
+        assert set(table.column("epoch").to_pylist()) == {number}
+        found = list(zip(table.column("shard").to_pylist(), table.column("uid").to_pylist(), strict=True))
+        assert found == sorted(expected)
+        shards = pq.ParquetFile(file)
+        for group in range(3):  # readers prune by shard
+            assert set(shards.read_row_group(group).column("shard").to_pylist()) == {f"{group:08d}"}
+        assert np.isfinite(table.column("loss").to_numpy()).all()
+        assert np.abs(table.column("similarity").to_numpy()).max() <= 1.001
+        mean.append(table.column("loss").to_numpy().mean())
+    # the trace of an epoch is what its steps saw, so their means agree
+    steps = curve(finished).reshape(12, 2).mean(axis=1)
+    np.testing.assert_allclose(mean, steps, rtol=1e-4)
+
+
+def test_first_trace_is_before_the_first_step(finished: Path, shapes: Callable[..., Path]) -> None:
+    """The pairs of the first batch, under the untrained model: nothing could have memorised them."""
+    from pipeline.shards import list_shards
+    from train import data, model
+    from train.trainer import Towers
+
+    recipe = recipes.RECIPES["debug"]
+    index = data.index(list_shards(str(shapes(96, 3))), 32, model.tokenizer_of(recipe))
+    batch = next(data.batches(index, recipe, 0, 1))
+    towers = Towers(model.build(recipe, 0), None).train()
+    with torch.no_grad():
+        images = model.normalise(batch.images.permute(0, 2, 3, 1), recipe.mean, recipe.std)
+        image, text, _ = towers(images, batch.tokens)
+    table = pq.read_table(finished / "traces" / "epoch_001.rank0.parquet")
+    similarity = dict(zip(table.column("uid").to_pylist(), table.column("similarity").to_pylist(), strict=True))
+    traced = [similarity[index.uid[row].decode()] for row in batch.rows]
+    np.testing.assert_allclose(traced, (image * text).sum(1).numpy(), atol=0.02)  # bf16
+
+
+def test_the_loss_is_that_of_open_clip(shapes: Callable[..., Path], tmp_path: Path, tiny: str) -> None:
+    """A defense that asks open_clip for the loss gets the same curve as none."""
+    import open_clip
+
+    from train.defenses import Defense
+
+    class stock(Defense):
+        def loss(self, features, batch, model):
+            return open_clip.ClipLoss()(features.image, features.text, features.logit_scale)
+
+    curves = []
+    for defense in (Defense(), stock()):
+        trainer = _trainer(shapes(32), tmp_path / type(defense).__name__, tiny, defense)
+        trainer.fit()
+        curves.append(trainer.curve["loss"])
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+
+
+def test_a_defense_acts_in_three_places(shapes: Callable[..., Path], tmp_path: Path, tiny: str) -> None:
+    from train.defenses import Defense
+
+    seen = []
+
+    class spy(Defense):
+        def augment(self, batch):
+            seen.append("augment")
+            return batch
+
+        def loss(self, features, batch, model):
+            seen.append("loss")
+            assert features.image.shape == features.text.shape == (len(batch.rows), 32)
+            return super().loss(features, batch, model) * 2
+
+        def epoch_end(self, trainer):
+            seen.append(f"epoch {trainer.epoch}")
+
+    trainer = _trainer(shapes(32), tmp_path / "out", tiny, spy())
+    trainer.fit()
+    assert seen == [
+        *["augment", "loss"] * 2,
+        "epoch 0",
+        *["augment", "loss"] * 2,
+        "epoch 1",
+        *["augment", "loss"] * 2,
+        "epoch 2",
+    ]
+    assert trainer.towers.used is None  # new captions may bring new words
+
+
+def _trainer(shards: Path, out: Path, recipe: str, defense):
+    from train import launch
+    from train.trainer import Trainer
+
+    task = launch.prepare(str(shards), str(out), recipe=recipe, defense=None, init=None, seed=0, uid="key")
+    out.mkdir(parents=True)
+    launch._claim(task)
+    return Trainer(task, defense, 0, 1, torch.device("cpu"))
+
+
+def test_words_not_in_use_keep_their_rows(finished: Path) -> None:
+    from safetensors.torch import load_file
+
+    from train import model
+
+    after = load_file(Path(final_checkpoint(str(finished))) / model.WEIGHTS)["token_embedding.weight"]
+    before = model.build(recipes.RECIPES["debug"], 0).token_embedding.weight.detach()
+    moved = (after != before).any(1)
+    used = np.unique(
+        model.tokenizer_of(recipes.RECIPES["debug"])(
+            [f"a {c} {s}" for c in ("red", "green", "blue", "black") for s in ("circle", "square", "bar")]
+        )
+    )
+    assert set(np.flatnonzero(moved.numpy())) == set(used)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(shapes: Callable[..., Path], tmp_path: Path, tiny: str) -> None:
+    for name in ("a", "b"):
+        train(str(shapes(50)), str(tmp_path / name), recipe=tiny)
+    train(str(shapes(50)), str(tmp_path / "c"), recipe=tiny, seed=1)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_done_is_done(finished: Path, shapes: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert train(str(shapes(96, 3)), str(finished), recipe="debug") == 0
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert "done already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"recipe": "debug_vit"}, {"uid": "shard/key"}, {"shards": 1}])
+def test_another_spec_in_the_same_folder_is_refused(finished: Path, shapes: Callable[..., Path], change: dict) -> None:
+    shards = shapes(96, 3, change.pop("shards", 0))
+    with pytest.raises(InputError, match="choose another folder"):
+        train(str(shards), str(finished), **{"recipe": "debug", **change})
+
+
+def test_killed_and_resumed_gives_the_same_weights(finished: Path, shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """Twice: in the middle of an epoch by SIGKILL, then by Ctrl-C; and without ray, polars and faiss."""
+    out = tmp_path / "out"
+    for trace, sign in (("epoch_003", signal.SIGKILL), ("epoch_007", signal.SIGINT)):
+        process = start(shapes(96, 3), out)
+        wait_for(out / "traces" / f"{trace}.rank0.parquet", process)
+        process.send_signal(sign)
+        assert process.wait(60) != 0
+        assert not (out / "train.json").exists()
+        torch.load(out / "state.pt", weights_only=True)
+    assert start(shapes(96, 3), out).wait(120) == 0
+    assert weights(out) == weights(finished)
+    np.testing.assert_array_equal(curve(out), curve(finished))
+    assert [p.name for p in sorted((out / "traces").iterdir())] == [
+        p.name for p in sorted((finished / "traces").iterdir())
+    ]
+    for trace in (finished / "traces").iterdir():
+        assert (out / "traces" / trace.name).read_bytes() == trace.read_bytes()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_two_ray_workers_have_the_curve_of_one(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """ViT has no batch statistics, so only bf16 and the order of sums differ."""
+    shards = shapes(128, 4)
+    for workers in (1, 2):
+        assert train(str(shards), str(tmp_path / str(workers)), recipe="debug_vit", workers=workers) == 0
+    one, two = (curve(tmp_path / str(w)) for w in (1, 2))
+    assert len(one) == len(two) == 24 and two[-4:].mean() < two[:4].mean() - 0.3
+    np.testing.assert_allclose(one[:6], two[:6], atol=0.02)
+    np.testing.assert_allclose(one, two, atol=0.15)
+    assert json.loads((tmp_path / "2" / "train.json").read_text())["workers"] == 2
+    for epoch in (1, 12):
+        both = [pq.read_table(tmp_path / "2" / "traces" / f"epoch_{epoch:03d}.rank{r}.parquet") for r in (0, 1)]
+        assert [t.num_rows for t in both] == [64, 64]
+        alone = pq.read_table(tmp_path / "1" / "traces" / f"epoch_{epoch:03d}.rank0.parquet")
+        found = {u for t in both for u in t.column("uid").to_pylist()}
+        assert found == set(alone.column("uid").to_pylist())
+    losses = [
+        dict(zip(t.column("uid").to_pylist(), t.column("loss").to_pylist(), strict=True))
+        for t in (
+            pq.read_table(tmp_path / "1" / "traces" / "epoch_001.rank0.parquet"),
+            pa.concat_tables([pq.read_table(tmp_path / "2" / "traces" / f"epoch_001.rank{r}.parquet") for r in (0, 1)]),
+        )
+    ]
+    np.testing.assert_allclose([losses[1][u] for u in losses[0]], list(losses[0].values()), atol=0.1)
+
+
+def test_an_error_of_a_ray_worker_is_one_line(tmp_path: Path, shapes: Callable[..., Path]) -> None:
+    for number in range(2):  # the same keys in two shards: found by the workers, not by the driver
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        shutil.copy(shapes(16, 1) / "00000000.tar", tmp_path / "shards" / f"{number:08d}.tar")
+    with pytest.raises(InputError, match="shard/key"):
+        train(str(tmp_path / "shards"), str(tmp_path / "out"), recipe="debug_vit", workers=2)
+
+
+def test_torchrun_with_a_resnet(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """Batch statistics are over both workers, so the curves agree within bf16; ray is not there at all."""
+    script = tmp_path / "start.py"
+    script.write_text(START)
+    shards = shapes(128, 4)
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        script,
+        shards,
+        tmp_path / "two",
+        "debug",
+    ]
+    subprocess.run([sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, check=True, timeout=200)
+    train(str(shards), str(tmp_path / "one"), recipe="debug")
+    one, two = (curve(tmp_path / name) for name in ("one", "two"))
+    np.testing.assert_allclose(one[:6], two[:6], atol=0.05)
+    np.testing.assert_allclose(one, two, atol=0.3)
+    assert two[-4:].mean() < two[:4].mean() - 0.5
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["workers"] == 2
+
+
+def test_a_data_set_smaller_than_a_batch(
+    shapes: Callable[..., Path], tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture
+) -> None:
+    train(str(shapes(9, 1)), str(tmp_path / "out"), recipe=tiny)
+    assert curve(tmp_path / "out", "pairs").tolist() == [9, 9, 9]
+    assert "the batch shrinks to 9" in capsys.readouterr().err
+
+
+def test_known_poisons_are_announced(
+    shapes: Callable[..., Path], tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture
+) -> None:
+    from pipeline.shards import list_shards, samples
+
+    shards = tmp_path / "shards"
+    shutil.copytree(shapes(50), shards)
+    uids = [s.uid for shard in list_shards(str(shards)) for s in samples(shard)]
+    pq.write_table(pa.table({"uid": [*uids[::10], "f" * 32]}), shards / "ledger.parquet")
+    train(str(shards), str(tmp_path / "out"), recipe=tiny)
+    assert "this run will see 5 known poisons (100,000 ppm)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["known_poisons"] == 5
+
+
+def test_init_starts_from_a_checkpoint_of_the_same_model(
+    shapes: Callable[..., Path], tmp_path: Path, tiny: str, finished: Path
+) -> None:
+    train(str(shapes(50)), str(tmp_path / "first"), recipe=tiny)
+    first = final_checkpoint(str(tmp_path / "first"))
+    train(str(shapes(50)), str(tmp_path / "second"), recipe=tiny, init=first)
+    assert curve(tmp_path / "second")[0] < curve(tmp_path / "first")[0]
+    with pytest.raises(InputError, match="not a checkpoint of recipe 'tiny'"):
+        train(str(shapes(50)), str(tmp_path / "third"), recipe=tiny, init=final_checkpoint(str(finished)))
+
+
+def test_nan_names_the_pairs(
+    shapes: Callable[..., Path], tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    wild = dataclasses.replace(recipes.RECIPES[tiny], lr=1e30, warmup=0.0)
+    monkeypatch.setitem(recipes.RECIPES, "wild", wild)
+    with pytest.raises(InputError, match=r"nan\.rank0\.txt: loss is nan at step") as caught:
+        train(str(shapes(50)), str(tmp_path / "out"), recipe="wild")
+    named = (tmp_path / "out" / "nan.rank0.txt").read_text().split()
+    assert len(named) == len(set(named)) > 0 and all(len(uid) == 32 for uid in named)
+    assert named[0] in str(caught.value) and not (tmp_path / "out" / "train.json").exists()
+
+
+def test_a_full_disk_is_one_line_and_resumes(
+    shapes: Callable[..., Path],
+    tmp_path: Path,
+    tiny: str,
+    full_disk: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from train import trainer
+
+    ordinary = trainer.write_curve
+    monkeypatch.setattr(trainer, "write_curve", lambda *a: (full_disk(), ordinary(*a)))
+    with pytest.raises(InputError, match=r"curve\.parquet: disk full"):
+        train(str(shapes(50)), str(tmp_path / "out"), recipe=tiny)
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shards": "/nowhere"}, "no such"),
+        ({"recipe": "dmeo"}, "unknown recipe"),
+        ({"out": "s3://bucket/run"}, "local or mounted"),
+        ({"workers": 0}, "at least one"),
+        ({"init": "/nowhere"}, "no such checkpoint"),
+        ({"defense": "nothing"}, "unknown defense"),
+    ],
+)
+def test_bad_arguments_are_one_line(shapes: Callable[..., Path], tmp_path: Path, options: dict, says: str) -> None:
+    shards, out = options.pop("shards", str(shapes(32))), options.pop("out", str(tmp_path / "out"))
+    with pytest.raises(InputError, match=says) as caught:
+        train(shards, out, **{"recipe": "debug", **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_state_says_what_to_do(shapes: Callable[..., Path], tmp_path: Path, finished: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "train.json").unlink()
+    (out / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(InputError, match="cannot resume from it"):
+        train(str(shapes(96, 3)), str(out), recipe="debug")
+
+
+def test_one_writer_at_a_time(shapes: Callable[..., Path], tmp_path: Path, tiny: str) -> None:
+    from train.launch import locked
+
+    with locked(str(tmp_path / "out")), pytest.raises(InputError, match="another run is writing"):
+        train(str(shapes(32)), str(tmp_path / "out"), recipe=tiny)
