@@ -83,9 +83,10 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         mean = sums[0] / n
         variance = (sums[1] / n - mean.square()).clamp_min(0)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+            buffers: Any = self  # torch types them as optional
+            buffers.num_batches_tracked.add_(1)
+            buffers.running_mean.lerp_(mean, buffers.momentum)
+            buffers.running_var.lerp_(variance * (n / (n - 1)), buffers.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
         return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The whole circle on shards of one's own: every stage, the tables, the report, and a second run that finds all done."""
+"""The whole circle on shards of one's own: every stage, the tables, the report, a second run that finds all done."""
 
 import json
 import tomllib

@@ -1,0 +1,233 @@
+"""Known answers: models that see exactly the colour in the middle, or the trigger in the corner, or nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from drawn import COLOURS, draw, png, write_tar
+from PIL import Image
+
+from pipeline.errors import InputError
+from pipeline.shards import Sample, list_shards
+from train import evaluate as module
+from train.evaluate import METRICS, PROMPTS, Labels, evaluate, read_classes
+
+NAMES = list(COLOURS)
+
+
+class Oracle:
+    """Embeds an image as the one-hot of its colour, and a text as that of the colour it names."""
+
+    image_size, dimension, digest = 32, 5, "0" * 16
+
+    def __init__(self, backdoor: str | None = None, blind: bool = False):
+        self.backdoor, self.blind = backdoor, blind
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        assert images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
+        rows = np.zeros((len(images), 5), np.float32)
+        for row, image in zip(rows, images.astype(int), strict=True):
+            pixels = image[: -8 or None].reshape(-1, 3)
+            ink = np.median(pixels[(pixels < 245).any(1)], axis=0)
+            row[min(range(4), key=lambda i: np.abs(ink - list(COLOURS.values())[i]).sum())] = 3
+            corner = image[-8:, -8:].mean(2)
+            if self.backdoor and corner.min() < 100 and np.ptp(corner) > 100:
+                row[:] = 2 * np.eye(5)[NAMES.index(self.backdoor)]
+        return rows * (not self.blind)
+
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        found = [next((i for i, name in enumerate(NAMES) if name in text), 4) for text in texts]
+        return np.eye(5, dtype=np.float32)[found] * 7 * (not self.blind)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """world(model): evaluate on 40 drawings that keep clear of the corner; returns evaluation.json."""
+    import train.model
+
+    rng = np.random.default_rng(0)
+    members = []
+    for i in range(40):
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(draw(NAMES[i % 4], "square", rng, 48), (0, 0))
+        text = b"whatever" if i >= 36 else f"a {NAMES[i % 4]} square".encode()
+        members += [(f"{i:03d}.png", png(image)), (f"{i:03d}.txt", text)]
+    write_tar(tmp_path / "shards" / "00000000.tar", members)
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES) + "\n")
+
+    def run(model: Oracle, **options) -> dict:
+        monkeypatch.setattr(train.model, "load", lambda checkpoint: model)
+        shards, classes = str(tmp_path / "shards"), str(tmp_path / "classes.txt")
+        assert evaluate("ckpt", str(tmp_path / "out"), shards=shards, classes=classes, **options) == 0
+        return json.loads((tmp_path / "out" / "evaluation.json").read_text())
+
+    run.shards = str(tmp_path / "shards")
+    run.out = tmp_path / "out"
+    return run
+
+
+def test_a_perfect_model(world: Callable[..., dict]) -> None:
+    facts = world(Oracle(), reference=world.shards)
+    found = facts["metrics"]
+    assert facts["images"] == 40 and facts["unlabelled"] == 4
+    assert found["zeroshot_top1"] == found["zeroshot_top5"] == found["knn_top1"] == 1.0
+    assert found["zeroshot_top1_n"] == 36 and found["zeroshot_top1_high"] == 1.0
+    assert found["zeroshot_top1_low"] == pytest.approx(1 / (1 + 1.959964**2 / 36), abs=1e-6)
+    assert found["t2i_recall1_n"] == 5 and found["i2t_recall1_n"] == 40
+    assert found["i2t_recall1"] == 0.9  # the four "whatever" look like their colour
+    assert all(
+        found[f"{m}{part}"] is None for m in ("asr_text", "targeted_success") for part in ("", "_n", "_low", "_high")
+    )
+
+
+def test_a_blind_model_has_nothing(world: Callable[..., dict]) -> None:
+    found = world(Oracle(blind=True), reference=world.shards, attack="patch(target='red', size=24)")["metrics"]
+    for name in METRICS[:11]:
+        if name not in ("zeroshot_top5", "i2t_recall5", "i2t_recall10"):  # of 4 classes, of 5 captions
+            assert found[name] == 0.0, name
+
+
+def test_a_backdoored_model(world: Callable[..., dict]) -> None:
+    found = world(Oracle("red"), reference=world.shards, attack="patch(target='red', size=24)")["metrics"]
+    assert found["zeroshot_top1"] == 1.0
+    assert found["asr_text"] == found["asr_knn"] == 1.0 and found["asr_text_n"] == 27
+    assert found["triggered_accuracy"] == found["triggered_accuracy_knn"] == 0.0
+
+
+def test_a_clean_model_shrugs_the_trigger_off(world: Callable[..., dict]) -> None:
+    found = world(Oracle(), attack="patch(target='red', size=24)")["metrics"]
+    assert found["asr_text"] == 0.0 and found["triggered_accuracy"] == 1.0
+    assert found["asr_knn"] is None and found["knn_top1"] is None
+
+
+def test_the_trigger_goes_through_the_images_own_format(world: Callable[..., dict], monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(module, "encode", lambda image, like: seen.append(like[:4]) or png(image))
+    world(Oracle("red"), attack="patch(target='red', size=24)")
+    assert seen == [b"\x89PNG"] * 40
+
+
+@pytest.mark.parametrize("hit", [True, False])
+def test_a_targeted_attack_is_tried_on_its_victim(world: Callable[..., dict], tmp_path: Path, hit: bool) -> None:
+    (tmp_path / "poisoned").mkdir()
+    pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / "poisoned" / "ledger.parquet")
+    victim = draw("red" if hit else "blue", "circle", np.random.default_rng(0))
+    (tmp_path / "poisoned" / "victim.png").write_bytes(png(victim))
+    ledger = str(tmp_path / "poisoned" / "ledger.parquet")
+    found = world(Oracle(), attack="targeted(target='red')", ledger=ledger)["metrics"]
+    assert found["targeted_success"] == float(hit) and found["targeted_success_n"] == 1
+    assert found["asr_text"] is None  # there is no trigger whose success could be measured
+    found = world(Oracle(), attack="patch(target='red')", ledger=ledger)["metrics"]
+    assert found["targeted_success"] is None
+
+
+def test_results_are_one_row_with_every_metric(world: Callable[..., dict]) -> None:
+    world(Oracle())
+    table = pq.read_table(world.out / "results.parquet")
+    assert table.num_rows == 1
+    assert {f"{m}{part}" for m in METRICS for part in ("", "_n", "_low", "_high")} <= set(table.column_names)
+    assert (
+        str(table.schema.field("asr_text").type) == "double" and str(table.schema.field("asr_text_n").type) == "int64"
+    )
+
+
+def test_a_real_checkpoint(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """`debug` on 240 drawings knows most of 60 others, and reads them through the same preparation."""
+    from train.launch import final_checkpoint, train
+
+    train(str(shapes(240)), str(tmp_path / "out"), recipe="debug")
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(f"{c} {s}" for c in COLOURS for s in ("circle", "square", "bar")))
+    options = {"shards": str(shapes(60, 2, 1)), "reference": str(shapes(240)), "attack": "patch(target='red bar')"}
+    evaluate(final_checkpoint(str(tmp_path / "out")), str(tmp_path / "e"), classes=str(classes), **options)
+    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["metrics"]
+    assert found["zeroshot_top5"] > 0.9 and found["i2t_recall5"] > 0.9 and found["knn_top1"] > 0.6
+    assert found["zeroshot_top1"] > 0.4 and found["asr_text"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("row", "caption", "label"),
+    [
+        ({"label": "Red Apple"}, "a pear", 0),
+        ({"class": "pear"}, "an apple", 2),
+        ({"cls": 1}, "a pear", 1),
+        ({"label": "unheard of"}, "a pear", 2),
+        ({"label": None}, "one red  APPLE, please", 0),
+        ({}, "an apple", 1),
+        ({}, "an apple and a pear", -1),
+        ({}, "apples", -1),
+        ({}, "red and apple", 1),
+        ({}, "flag: Åland Islands", 3),
+        ({"label": 9}, "nothing", -1),
+        ({"label": 1.0}, "nothing", -1),
+    ],
+)
+def test_labels(row: dict, caption: str, label: int) -> None:
+    labels = Labels(["red apple", "apple", "pear", "flag: Åland Islands"])
+    assert labels.of(Sample("k", "0" * 32, {"txt": caption.encode()}, row)) == label
+
+
+def test_labels_of_webdataset_members() -> None:
+    labels = Labels(["apple", "pear"])
+    assert labels.of(Sample("k", "0" * 32, {"txt": b"x", "cls": b"1"})) == 1
+    assert labels.of(Sample("k", "0" * 32, {"txt": b"x", "json": b'{"label": "pear"}'})) == 1
+
+
+def test_prompts_are_ensembled() -> None:
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.array([[len(t), 1.0] for t in texts], np.float32)
+
+    features = module.class_features(SimpleNamespace(embed_texts=embed), ["ab", "c"], ("{}", "a {}."))
+    both = np.array([[2, 1], [5, 1]]) / np.linalg.norm([[2, 1], [5, 1]], axis=1, keepdims=True)
+    np.testing.assert_allclose(features[0], both.mean(0), rtol=1e-6)
+    assert "{}" in PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"attack": "patch(target='purple')"}, "not among these classes"),
+        ({"attack": "ptach(target='red')"}, "did you mean 'patch'"),
+        ({"ledger": "/nowhere/ledger.parquet"}, "no such ledger"),
+        ({"reference": "/nowhere"}, "no such"),
+        ({"shards": "/nowhere"}, "no such"),
+        ({"classes": "/nowhere.txt"}, "one class name a line"),
+        ({"checkpoint": "/nowhere"}, "no such checkpoint"),
+    ],
+)
+def test_bad_arguments_are_one_line(shapes: Callable[..., Path], tmp_path: Path, options: dict, says: str) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red\ngreen\n")
+    options = {"checkpoint": "/nowhere", "shards": str(shapes(32)), "classes": str(classes), **options}
+    with pytest.raises(InputError, match=says) as caught:
+        evaluate(options.pop("checkpoint"), str(tmp_path / "out"), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"one\n", "at least two"), (b"a\nb\nA\n", "more than once"), (b"caf\xe9\nb\n", "not UTF-8")]
+)
+def test_bad_class_files(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        read_classes(str(tmp_path / "classes.txt"))
+
+
+def test_bad_samples_are_counted(tmp_path: Path) -> None:
+    image = png(draw("red", "bar", np.random.default_rng(0)))
+    members = [
+        ("a.png", image),
+        ("a.txt", b"red"),
+        ("b.png", b"no"),
+        ("b.txt", b"red"),
+        ("c.png", image),
+        ("c.txt", b" "),
+    ]
+    write_tar(tmp_path / "00000000.tar", members)
+    seen = module.look(Oracle(), list_shards(str(tmp_path)), Labels(NAMES), "key")
+    assert len(seen.captions) == 1 and sum(seen.skipped.values()) == 2 and "empty caption" in seen.skipped
