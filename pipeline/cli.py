@@ -10,15 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pipeline.errors import InputError
 
 VERBS = {
-    "demo": ("pipeline.demo", "the whole circle on the embedded data, or on yours"),
-    "poison": ("pipeline.poison", "inject a published attack in a known dose; writes shards and a ledger"),
-    "train": ("train.launch", "train CLIP under a frozen recipe; writes checkpoints and traces"),
-    "embed": ("pipeline.embed", "image and text embeddings of every pair, by uid"),
-    "score": ("pipeline.score", "run detectors over embeddings and traces; writes score sidecars"),
-    "filter": ("pipeline.filter", "keep or quarantine samples by a policy over scores"),
-    "evaluate": ("train.evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
-    "loop": ("pipeline.loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
-    "list": ("pipeline.listing", "the attacks, detectors, defenses, audits, policies and recipes there are"),
+    "demo": ("pipeline.demo:demo", "the whole circle on the embedded data, or on yours"),
+    "poison": ("pipeline.poison:poison", "inject a published attack in a known dose; writes shards and a ledger"),
+    "train": ("train.launch:train", "train CLIP under a frozen recipe; writes checkpoints and traces"),
+    "embed": ("pipeline.embed:embed", "image and text embeddings of every pair, by uid"),
+    "score": ("pipeline.score:score", "run detectors over embeddings and traces; writes score sidecars"),
+    "filter": ("pipeline.filter:filter_shards", "keep or quarantine samples by a policy over scores"),
+    "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
+    "loop": ("pipeline.loop:loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
+    "list": (
+        "pipeline.listing:list_entries",
+        "the attacks, detectors, defenses, audits, policies and recipes there are",
+    ),
 }
 
 
@@ -45,18 +48,19 @@ def run(verb: str, arguments: list[str] | None = None) -> None:
     """
     import tyro
 
-    module = importlib.import_module(VERBS[verb][0])
-    function = getattr(module, {"list": "list_entries", "filter": "filter_shards"}.get(verb, verb))
+    module, name = VERBS[verb][0].split(":")
+    function = getattr(importlib.import_module(module), name)
     try:
         code = tyro.cli(function, prog=f"mithridate {verb}", args=arguments)
     except InputError as error:
         print(f"mithridate {verb}: {error}", file=sys.stderr)
-        code = getattr(error, "exit_code", 2)
+        code = error.exit_code
+    except OSError as error:
+        print(f"mithridate {verb}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print(f"mithridate {verb}: interrupted; what is written is whole, the same command goes on", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        code = 1
     sys.exit(code)
 
 

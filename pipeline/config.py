@@ -2,12 +2,14 @@
 
 import dataclasses
 import tomllib
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.shards import UidRule
+from pipeline.spec import fits, type_name
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class Config:
             values = tomllib.loads(Path(path).read_text())
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not TOML ({error})") from error
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         for key, kind in (("scores", Scores), ("filters", Filter)):
-            values[key] = tuple(_strict(path, kind, row) for row in values.get(key, ()))
+            rows = values.get(key, ())
+            if not isinstance(rows, tuple) or not all(isinstance(row, dict) for row in rows):
+                raise InputError(f"{path}: write [[{key}]] tables")
+            values[key] = tuple(_strict(path, kind, row) for row in rows)
         return _strict(path, cls, values)
 
 
@@ -65,4 +70,9 @@ def _strict(path: str, kind: type, values: dict[str, Any]) -> Any:
     missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
     if missing:
         raise InputError(f"{path}: missing keys {', '.join(missing)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if not fits(value, hints[key]):
+            raise InputError(f"{path}: {key} = {value!r} is not {type_name(hints[key])}")
+    return kind(**values)

@@ -1,7 +1,7 @@
 """Image and text embeddings of every pair, joined by uid and never by position.
 
 Trade-off: features are kept as the model gives them (not normalised) in half precision: density detectors are defined
-on them, and who wants cosines normalises in a line. Rows the model could not see are kept with null embeddings.
+on them, and who wants cosines normalises in a line. A pair the model could not see keeps its row, as NaN.
 """
 
 import functools
@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import sidecars
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shard_map import Job, shard_map
 from pipeline.shards import Counts, Rejected, Shard, UidRule, list_shards, samples
 from pipeline.shards.image import pixels
-from pipeline.shards.store import absolute, exists, join, view, whole
+from pipeline.shards.store import absolute, join
 
 BATCH = 256
 
@@ -38,7 +39,7 @@ def embed(shards: Shards, out: Out, /, *, checkpoint: str, uid: UidRule = "key")
     if not checkpoint.startswith("open_clip:"):
         checkpoint = absolute(checkpoint)
     model = load(checkpoint)  # here only to fail early and to know the digest
-    job = Job("embed", {"model": model.digest, "uid": uid}, out, modules=["train.model"])
+    job = Job("embed", {"model": model.digest, "uid": uid}, out)
     markers = shard_map(job, listed, _Embed(checkpoint, model.digest, uid), gpu=True)
     failed = sum(m["failed"] for m in markers)
     total = sum(m["read"] for m in markers)
@@ -68,18 +69,13 @@ def embeddings_path(folder: str, shard_name: str) -> str:
 
 def read_embeddings(path: str) -> Embeddings:
     """Read a sidecar; raises InputError where it is missing or its columns are not embeddings."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not exists(path):
-        raise InputError(f"{path}: no embeddings; make them with `mithridate embed`")
+    table = sidecars.read(path, ("uid", "image", "text"), "make the embeddings with `mithridate embed`")
     try:
-        table = pq.read_table(pa.BufferReader(pa.py_buffer(view(path))))
-        facts = json.loads((table.schema.metadata or {})[b"mithridate"])
-        both = [_matrix(table.column(name)) for name in ("image", "text")]
-        return Embeddings(np.asarray(table.column("uid").to_pylist(), dtype=object), both[0], both[1], facts["model"])
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not an embeddings file ({error}); make it again with `mithridate embed`") from error
+        model = json.loads((table.schema.metadata or {})[b"mithridate"])["model"]
+        image, text = _matrix(table.column("image")), _matrix(table.column("text"))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not embeddings ({error}); make them with `mithridate embed`") from error
+    return Embeddings(np.asarray(table.column("uid").to_pylist(), dtype=object), image, text, model)
 
 
 @dataclass(frozen=True)
@@ -161,12 +157,10 @@ def _model(checkpoint: str) -> Any:
 
 def _write(path: str, uids: list[str], image: np.ndarray, text: np.ndarray, model: str) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = {"uid": pa.array(uids, pa.string()), "image": _fixed(image), "text": _fixed(text)}
     table = pa.table(columns).replace_schema_metadata({"mithridate": json.dumps({"model": model})})
-    with whole(path) as file:
-        pq.write_table(table, pa.PythonFile(file, "w"), compression="none")
+    sidecars.save(path, table, compression="none")
 
 
 def _fixed(rows: np.ndarray) -> Any:
@@ -176,9 +170,13 @@ def _fixed(rows: np.ndarray) -> Any:
 
 
 def _matrix(column: Any) -> np.ndarray:
+    """float32 [n, d]; a null row becomes NaN, so that row i stays row i."""
     width = column.type.list_size
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32).reshape(-1, width)
+    rows = column.combine_chunks()
+    flat = rows.values.slice(rows.offset * width, len(rows) * width).to_numpy(zero_copy_only=False)
+    out = flat.astype(np.float32).reshape(-1, width)
+    out[rows.is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return out
 
 
 def _listed(reasons: dict[str, int]) -> str:

@@ -4,6 +4,7 @@ Trade-off: dropped samples are written too (quarantine), which costs their bytes
 blindly.
 """
 
+import collections
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import ledger, spec
+from pipeline import ledger, sidecars, spec
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.score import read_scores, scores_path
-from pipeline.shard_map import Job, shard_map
+from pipeline.shard_map import Job, locked, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
-from pipeline.shards.store import absolute, exists, join, make_folder, view, whole, write
+from pipeline.shards.store import absolute, exists, join, make_folder, stamp, view, whole, write
 
 AT_ONCE = 4_000_000  # uids sorted in memory
 
@@ -40,39 +41,43 @@ def filter_shards(shards: Shards, out: Out, /, *, scores: str, policy: str, uid:
     def passes() -> Iterator[dict[str, np.ndarray]]:
         return (read_scores(scores_path(scores, shard.name)) for shard in listed)
 
-    fitted = entry.fit(passes)
+    with locked(out):
+        _filter(listed, out, scores, entry, entry.fit(passes), uid)
+    return 0
+
+
+def _filter(shards: list[Shard], out: str, scores: str, policy: Any, fitted: Any, uid: UidRule) -> None:
     kept, quarantine = join(out, "kept"), join(out, "quarantine")
     make_folder(kept)
     make_folder(quarantine)
-    source = ledger.beside(listed)
+    source = ledger.beside(shards)
     known = ledger.read(source) if exists(source) else None
-    facts = {"policy": spec.text(entry), "fitted": fitted, "uid": uid, "scores": _digest(listed, scores)}
-    job = Job("filter", facts, kept, modules=[type(entry).__module__, "pipeline.policies._select"])
-    work = _Filter(entry, fitted, scores, quarantine, uid)
-    markers = shard_map(job, listed, work, known)
-    if known is not None:
-        for folder, key in ((kept, "ledger"), (quarantine, "quarantined_ledger")):
-            ledger.merge(folder, [m["facts"][key] for m in markers if key in m["facts"]])
+    facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
+    facts["scores"] = spec.digest([stamp(scores_path(scores, shard.name)) for shard in shards])
+    facts["ledger"] = hashlib.sha256(view(source)).hexdigest() if known is not None else ""
+    markers = shard_map(Job("filter", facts, out), shards, _Filter(policy, fitted, scores, uid), known)
     total, dropped = sum(m["read"] for m in markers), sum(m["dropped"] for m in markers)
-    _keep_lists(out, kept, listed, total - dropped)
     summary = {"job": "filter", "spec": facts, "pairs": total, "kept": total - dropped, "dropped": dropped}
-    write(join(out, "dataset.json"), json.dumps(summary, indent=1).encode())
-    console.print(f"{dropped:,} of {total:,} pairs dropped by {spec.text(entry)}; they are in {quarantine}")
-    unscored = sum(m["reasons"].get("unscored", 0) for m in markers)
-    if unscored:
+    console.print(f"{dropped:,} of {total:,} pairs dropped by {spec.text(policy)}; they are in {quarantine}")
+    if unscored := sum(m["reasons"].get("unscored", 0) for m in markers):
         console.print(f"  {unscored:,} of them had no score")
     if known is not None:
-        left = sum(m["facts"].get("ledger", {}).get("rows", 0) for m in markers)
-        console.print(f"  ledger: {known.num_rows - left:,} of {known.num_rows:,} known poisons dropped")
-    return 0
+        for part in ("kept", "quarantine"):
+            rows = [m["facts"][part] for m in markers if part in m["facts"]]
+            summary[f"ledger_sha256_{part}"] = ledger.merge(join(out, part), rows)
+            summary[f"poisons_{part}"] = sum(row["rows"] for row in rows)
+        console.print(f"  ledger: {summary['poisons_quarantine']:,} of {known.num_rows:,} known poisons dropped")
+    _keep_lists(out, shards, total - dropped)
+    write(join(out, "dataset.json"), json.dumps(summary, indent=1).encode())
 
 
 @dataclass(frozen=True)
 class _Filter:
+    """One shard into two: what is kept, and what is quarantined."""
+
     policy: Any
     fitted: Any
     scores: str
-    quarantine: str
     uid: UidRule
 
     def __call__(self, shard: Shard, out: str, known: Any) -> Counts:
@@ -80,44 +85,46 @@ class _Filter:
         import pyarrow.compute as pc
 
         found = read_scores(scores_path(self.scores, shard.name))
-        drops = dict(zip(found["uid"], self.policy.drops(found, self.fitted), strict=True))
-        nan = np.logical_or.reduce([np.isnan(v) for k, v in found.items() if k != "uid"])
-        unscored = set(found["uid"][nan])
-        uids: list[str] = []
+        drops = dict(zip(found["uid"], self.policy.drops(found, self.fitted).tolist(), strict=True))
+        unscored = set(found["uid"][self.policy.unscored(found)])
+        reasons: dict[str, str | None] = {}
 
         def keep(sample: Sample) -> Sample | None:
-            uids.append(sample.uid)
-            return None if drops.get(sample.uid, True) else sample
+            dropped = drops.get(sample.uid, True)
+            why = "unscored" if sample.uid in unscored or sample.uid not in drops else spec.text(self.policy)
+            reasons[sample.uid] = why if dropped else None
+            return None if dropped else sample
 
-        counts = rewrite(shard, out, keep, self.uid)
-        rewrite(shard, self.quarantine, lambda sample: sample if drops.get(sample.uid, True) else None, self.uid)
-        reasons = [self._reason(u, drops, unscored) for u in uids]
-        for reason in filter(None, reasons):
-            counts.reasons[reason] = counts.reasons.get(reason, 0) + 1
+        def quarantine(sample: Sample) -> Sample | None:
+            return sample if reasons[sample.uid] else None
+
+        counts = rewrite(shard, join(out, "kept"), keep, self.uid)
+        if reasons and drops.keys().isdisjoint(reasons):
+            raise InputError(f"{self.scores}: no uid of {shard.path} has a score; was another --uid used?")
+        rewrite(shard, join(out, "quarantine"), quarantine, self.uid)
+        counts.reasons = dict(collections.Counter(why for why in reasons.values() if why))
         part = f"{shard.name}.keep.parquet"
-        _write_keep(join(out, part), uids, reasons)
-        counts.facts = {"files": [part]}
+        columns = {"uid": list(reasons), "kept": [why is None for why in reasons.values()]}
+        sidecars.save(join(out, part), pa.table({**columns, "reason": pa.array(list(reasons.values()), pa.string())}))
+        counts.output = f"kept/{shard.file}"
+        counts.facts = {"files": [f"quarantine/{shard.file}", part]}
         if known is not None:
-            here = known.filter(pc.is_in(known.column("uid"), pa.array(list(drops)))).to_pylist()
-            for folder, key, wanted in ((out, "ledger", False), (self.quarantine, "quarantined_ledger", True)):
-                if rows := [row for row in here if drops[row["uid"]] == wanted]:
-                    counts.facts[key] = ledger.write_part(folder, shard, rows)
+            here = known.filter(pc.is_in(known.column("uid"), pa.array(list(reasons)))).to_pylist()
+            for folder in ("kept", "quarantine"):
+                if rows := [row for row in here if bool(reasons[row["uid"]]) == (folder == "quarantine")]:
+                    counts.facts[folder] = ledger.write_part(join(out, folder), shard, rows)
+                    counts.facts["files"].append(f"{folder}/{counts.facts[folder]['file']}")
         return counts
 
-    def _reason(self, uid: str, drops: dict[str, bool], unscored: set[str]) -> str | None:
-        if not drops.get(uid, True):
-            return None
-        return "unscored" if uid in unscored or uid not in drops else spec.text(self.policy)
 
-
-def _keep_lists(out: str, kept: str, shards: list[Shard], n: int) -> None:
+def _keep_lists(out: str, shards: list[Shard], n: int) -> None:
     """keep.parquet in shard order, and keep.npy sorted: dtype u8,u8, the two halves of each kept uid (DataComp)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     def parts() -> Iterator[Any]:
         for shard in shards:
-            yield pq.read_table(pa.BufferReader(pa.py_buffer(view(join(kept, f"{shard.name}.keep.parquet")))))
+            yield sidecars.read(join(out, f"{shard.name}.keep.parquet"), ("uid", "kept"), "run the filter again")
 
     schema = pa.schema([("uid", pa.string()), ("kept", pa.bool_()), ("reason", pa.string())])
     with whole(join(out, "keep.parquet")) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), schema) as writer:
@@ -137,24 +144,6 @@ def _keep_lists(out: str, kept: str, shards: list[Shard], n: int) -> None:
                         halves.append((first, int(uid[16:], 16)))
             file.write(np.asarray(sorted(halves), np.dtype("u8,u8")).tobytes())
             low = high
-
-
-def _write_keep(path: str, uids: list[str], reasons: list[str | None]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {"uid": uids, "kept": [r is None for r in reasons], "reason": pa.array(reasons, pa.string())}
-    with whole(path) as file:
-        pq.write_table(pa.table(columns), pa.PythonFile(file, "w"))
-
-
-def _digest(shards: list[Shard], scores: str) -> str:
-    """Changes when any score file does; their markers would not tell of an edit by hand."""
-    paths = [scores_path(scores, shard.name) for shard in shards]
-    missing = next((p for p in paths if not exists(p)), None)
-    if missing:
-        raise InputError(f"{missing}: no scores; make them with `mithridate score`")
-    return spec.digest([hashlib.sha256(view(p)).hexdigest() for p in paths])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.shards.store import Shard, exists, join, view, whole
+from pipeline import sidecars
+from pipeline.shards.store import Shard, join, view, whole
 
 COLUMNS = (
     "uid",
@@ -21,6 +22,7 @@ COLUMNS = (
     "image_sha256_before",
     "image_sha256_after",
 )
+VICTIM = "victim.image"  # beside the ledger of an attack on one image: that image, as stored
 
 
 def ledger_path(folder: str) -> str:
@@ -34,14 +36,11 @@ def beside(shards: Sequence[Shard]) -> str:
 
 def read(path: str) -> Any:
     """The ledger as a pyarrow table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq.read_table(pa.BufferReader(pa.py_buffer(view(path))))
+    return sidecars.read(path, COLUMNS, "`mithridate poison` writes it beside the shards")
 
 
 def poisoned_uids(path: str) -> set[str]:
-    return set(read(path).column("uid").to_pylist()) if exists(path) else set()
+    return set(read(path).column("uid").to_pylist())
 
 
 def write_part(out: str, shard: Shard, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

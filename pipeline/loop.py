@@ -42,7 +42,7 @@ def loop(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out: Out, /) -
     _check(plan)
     begin = time.monotonic()
     runs = [
-        Run(plan, attack, dose, seed, Path(out).absolute() / f"{spec.digest([attack, dose])}-seed{seed}")
+        Run(plan, attack, dose, seed, _folder(plan, attack, dose, seed, out))
         for attack in plan.attacks
         for dose in plan.doses
         for seed in plan.seeds
@@ -161,7 +161,7 @@ class Run:
         needs = spec.parse("detectors", name).needs
         seconds = scores[name]
         cpu = scores[name]
-        stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}" / "kept")]
+        stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}")]
         stages += [self._embeddings(arm.epoch)] if {"image_embedding", "text_embedding"} & set(needs) else []
         for stage in stages:
             spent = _marker_seconds(stage, self.plan.shards)
@@ -184,6 +184,13 @@ class Run:
             raise InputError(f"loop: stage {name!r} ended with {code}; the same command goes on from there")
 
 
+def _folder(plan: Config, attack: str, dose: str, seed: int, out: str) -> Path:
+    """One folder for all that determines a run; another config in the same OUT does not meet it."""
+    name = spec.parse_call(attack)[0]
+    facts = spec.digest([attack, dose, plan.shards, plan.recipe, plan.uid])
+    return Path(out).absolute() / f"{name}-{dose.replace('%', 'percent')}-{facts}-seed{seed}"
+
+
 def _arm_name(policy: str) -> str:
     """The detector that a policy acts on."""
     return str(spec.parse_call(policy)[1].get("detector", policy))
@@ -191,12 +198,17 @@ def _arm_name(policy: str) -> str:
 
 def _check(plan: Config) -> None:
     """Everything that can be wrong is found before the first hour is spent."""
+    from train.evaluate import read_classes
     from train.recipes import RECIPES
 
     if plan.recipe not in RECIPES:
         raise InputError(f"recipe {plan.recipe!r}: there are {', '.join(RECIPES)}")
+    for shards in (plan.shards, plan.evaluation, plan.reference or plan.shards):
+        list_shards(shards)
+    classes = read_classes(plan.classes)
     for attack in plan.attacks:
-        spec.parse("attacks", attack)
+        if (target := spec.parse("attacks", attack).target) not in classes:
+            raise InputError(f"{plan.classes}: {target!r}, the target of {attack}, is not among these classes")
     for dose in plan.doses:
         Dose.parse(dose)
     recipe = RECIPES[plan.recipe]

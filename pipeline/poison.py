@@ -10,20 +10,18 @@ import heapq
 import itertools
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pipeline import spec
+from pipeline import ledger, spec
 from pipeline.arguments import Out, Shards
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
-from pipeline.ledger import COLUMNS, ledger_path, merge, write_part
 from pipeline.progress import console
-from pipeline.shard_map import Job, each, shard_map, stat
+from pipeline.shard_map import Job, code_digest, each, locked, shard_map
 from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, rewrite, samples
-from pipeline.shards.image import decode
-from pipeline.shards.store import absolute, exists, is_url, join, make_folder, view, write
+from pipeline.shards.image import decode, encode
+from pipeline.shards.store import absolute, exists, join, stamp, view, write
 
 CAPTIONS = 10_000  # of the target, kept for drawing: enough for variety, small enough to send to every worker
 SPARE = 64  # candidates beyond the dose, for those whose image turns out to be broken
@@ -42,42 +40,42 @@ def poison(shards: Shards, out: Out, /, *, attack: str, dose: str, seed: int = 0
         uid: how a uid is derived where samples carry none; shard/key if keys repeat from shard to shard.
     """
     entry = spec.parse("attacks", attack)
+    entry, amount = spec.parse("attacks", attack), Dose.parse(dose)
     listed, out = list_shards(shards), absolute(out)
-    _refuse_own_input(listed, out)
-    make_folder(out)
-    plan = _plan(listed, out, entry, Dose.parse(dose), seed, uid)
-    job = Job(
-        "poison",
-        {"attack": spec.text(entry), "dose": len(plan.chosen), "seed": seed, "uid": uid, "plan": plan.digest},
-        out,
-        modules=[type(entry).__module__],
-    )
-    if getattr(entry, "one_image", False) and plan.chosen:
-        write(join(out, "victim.image"), plan.corpus.victim)  # what `evaluate` asks the poisoned model about
+    if any(shard.path.rpartition("/")[0] == out for shard in listed):
+        raise InputError(f"{out} is the folder of the input; choose another OUT")
+    with locked(out):
+        _poison(listed, out, entry, amount, seed, uid)
+    return 0
+
+
+def _poison(shards: list[Shard], out: str, attack: Any, dose: "Dose", seed: int, uid: UidRule) -> None:
+    plan = _plan(shards, out, attack, dose, seed, uid)
+    text = spec.text(attack)
+    facts = {"attack": text, "dose": len(plan.chosen), "seed": seed, "uid": uid, "plan": plan.digest}
     by_shard: dict[str, set[str]] = {}
     for name, chosen in plan.chosen:
         by_shard.setdefault(name, set()).add(chosen)
-    markers = shard_map(job, listed, _Poison(entry, seed, uid), by_shard, plan.corpus)
-    poisoned = sum(m["changed"] for m in markers)
+    markers = shard_map(Job("poison", facts, out), shards, _Poison(attack, seed, uid), by_shard, plan.corpus)
+    total, poisoned = sum(m["out"] for m in markers), sum(m["changed"] for m in markers)
     if poisoned != len(plan.chosen):
         raise AssertionError(f"{poisoned} pairs poisoned, {len(plan.chosen)} chosen")
-    digest = merge(out, [m["facts"]["ledger"] for m in markers if "ledger" in m["facts"]])
-    total = sum(m["out"] for m in markers)
+    if getattr(attack, "one_image", False) and plan.chosen:
+        write(join(out, ledger.VICTIM), plan.corpus.victim)
+    digest = ledger.merge(out, [m["facts"]["ledger"] for m in markers if "ledger" in m["facts"]])
+    ppm = 1e6 * poisoned / max(total, 1)
     summary = {
         "job": "poison",
-        "spec": dict(job.spec),
+        "spec": facts,
         "pairs": total,
         "poisoned": poisoned,
-        "ppm": 1e6 * poisoned / max(total, 1),
+        "ppm": ppm,
         "ledger_sha256": digest,
-        "shards": {m["output"]: m["output_sha256"] for m in markers},
     }
+    summary["shards"] = {m["output"]: m["output_sha256"] for m in markers}
     write(join(out, "dataset.json"), json.dumps(summary, indent=1).encode())
-    console.print(
-        f"{poisoned:,} of {total:,} pairs poisoned ({summary['ppm']:,.0f} ppm) with {spec.text(entry)}; "
-        f"ledger: {ledger_path(out)}"
-    )
-    return 0
+    where = ledger.ledger_path(out)
+    console.print(f"{poisoned:,} of {total:,} pairs poisoned ({ppm:,.0f} ppm) with {text}; ledger: {where}")
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,12 @@ class _Poison:
                 hashlib.sha256(sample.image).hexdigest(),
                 hashlib.sha256(after.image).hexdigest(),
             )
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            rows.append(dict(zip(ledger.COLUMNS, values, strict=True)))
             return after
 
         counts = rewrite(shard, out, edit, self.uid)
         if rows:
-            counts.facts = {"ledger": write_part(out, shard, rows)}
+            counts.facts = {"ledger": ledger.write_part(out, shard, rows)}
             counts.facts["files"] = [counts.facts["ledger"]["file"]]
         return counts
 
@@ -174,37 +172,49 @@ class _Plan:
 
 def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid: UidRule) -> _Plan:
     """Who is poisoned. Kept in OUT, so that a job submitted again does not scan again."""
-    key = spec.digest([spec.text(attack), dose, seed, uid, [(s.path, stat(s.path)) for s in shards]])
+    key = spec.digest([spec.text(attack), dose, seed, uid, code_digest(), [(s.path, stamp(s.path)) for s in shards]])
     path = join(out, "plan.json")
-    if exists(path):
-        kept = json.loads(bytes(view(path)))
-        if kept["key"] == key:
-            corpus = Corpus(tuple(kept["captions"]), bytes.fromhex(kept["victim"]))
-            return _Plan([(shard, who) for shard, who in kept["chosen"]], corpus)
-    total, candidates = _survey(shards, attack, dose, seed, uid)
+    if (plan := _read_plan(path, key)) is not None:
+        return plan
+    total = _survey(shards, attack, dose, seed, uid)
     n = dose.pairs(total.read)
     if n > total.eligible:
         raise InputError(
             f"dose {dose.text} is {n} pairs, but only {total.eligible} of {total.read} are eligible "
             f"({total.rejected} unusable, the others name {attack.target!r} already); lower --dose"
         )
-    chosen, victim = _decodable(shards, candidates, n, uid)
+    if total.rejected:
+        console.print(f"{total.rejected:,} pairs have no usable image or caption: they are copied as they are")
+    chosen, victim = _usable(shards, total.smallest, n, uid)
     captions = [caption for _, caption in total.captions]
     if not captions:
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
         captions = [template(attack.target) for template in OPENAI_IMAGENET_TEMPLATES]
         console.print(f"no caption names {attack.target!r}: poisons get the {len(captions)} ImageNet prompt templates")
-    plan = _Plan(chosen, Corpus(tuple(captions), victim))
     kept = {"key": key, "chosen": chosen, "captions": captions, "victim": victim.hex()}
     write(path, json.dumps(kept).encode())
-    return plan
+    return _Plan(chosen, Corpus(tuple(captions), victim))
 
 
-def _survey(
-    shards: list[Shard], attack: Any, dose: Dose, seed: int, uid: UidRule, all_hashes: bool = False
-) -> tuple[_Survey, list[_Candidate]]:
-    """The first pass. A shard reports its smallest hashes only: the driver holds O(dose), not O(samples)."""
+def _read_plan(path: str, key: str) -> _Plan | None:
+    if not exists(path):
+        return None
+    try:
+        kept = json.loads(bytes(view(path)))
+        chosen = [(shard, who) for shard, who in kept["chosen"]]
+        plan = _Plan(chosen, Corpus(tuple(kept["captions"]), bytes.fromhex(kept["victim"])))
+        return plan if kept["key"] == key else None
+    except (ValueError, KeyError, TypeError):  # another hand has been at it: survey again
+        return None
+
+
+def _survey(shards: list[Shard], attack: Any, dose: Dose, seed: int, uid: UidRule, all_hashes: bool = False) -> _Survey:
+    """The first pass; `smallest` of the result is complete, sorted and free of doubles.
+
+    A shard reports its smallest hashes only, and of a fixed dose only the smallest of all are kept: the driver holds
+    O(dose), not O(samples).
+    """
     total, failures = _Survey(), []
     complete_to = 2**64  # below this hash no shard has kept anything back
     for _, found in each("survey", shards, _Surveyor(attack, None if all_hashes else dose, seed, uid)):
@@ -218,18 +228,20 @@ def _survey(
         total.captions = heapq.nsmallest(CAPTIONS, total.captions + found.captions)
         if len(found.smallest) < found.eligible:
             complete_to = min(complete_to, found.smallest[-1][0])
+        if dose.count is not None:
+            total.smallest = heapq.nsmallest(dose.count + SPARE, total.smallest)
     if failures:
         raise InputError("the dose cannot be exact while shards are unreadable:\n  " + "\n  ".join(failures))
-    candidates = sorted(c for c in total.smallest if c[0] <= complete_to)
-    if len(candidates) < min(dose.pairs(total.read), total.eligible):
+    total.smallest = sorted(c for c in total.smallest if c[0] <= complete_to)
+    if len(total.smallest) < min(dose.pairs(total.read), total.eligible):
         return _survey(shards, attack, dose, seed, uid, all_hashes=True)  # eligible pairs are rare: ask for all
-    for (one, shard, who), (two, other, _) in itertools.pairwise(candidates):
+    for (one, shard, who), (two, other, _) in itertools.pairwise(total.smallest):
         if one == two:
             raise InputError(
                 f"uid {who} occurs in shard {shard} and in shard {other}: keys repeat from shard to shard; "
                 "use --uid shard/key, here and in later steps"
             )
-    return total, candidates
+    return total
 
 
 @dataclass(frozen=True)
@@ -261,62 +273,54 @@ class _Surveyor:
         return found
 
 
-def _decodable(
+def _usable(
     shards: list[Shard], candidates: list[_Candidate], n: int, uid: UidRule
 ) -> tuple[list[tuple[str, str]], bytes]:
-    """The first n candidates whose image can be decoded, and the image of the very first."""
+    """The first n candidates whose image can be decoded and encoded again, and the image of the very first."""
     broken: set[str] = set()
+    images: dict[str, bytes] = {}
     checked: set[str] = set()
-    victim = b""
     while True:
-        chosen = [c for c in candidates if c[2] not in broken][:n]
+        chosen = [(shard, who) for _, shard, who in candidates if who not in broken][:n]
         if len(chosen) < n:
             raise InputError(
                 f"{len(broken)} of the chosen images cannot be decoded and no candidates are left; lower --dose"
             )
+        first = chosen[0][1] if chosen else ""
         unchecked: dict[str, set[str]] = {}
-        for _, shard, who in chosen:
-            if who not in checked:
+        for shard, who in chosen:
+            if who not in checked or (who == first and who not in images):
                 unchecked.setdefault(shard, set()).add(who)
         if not unchecked:
-            return [(shard, who) for _, shard, who in chosen], victim
-        todo = [s for s in shards if s.name in unchecked]
-        first = chosen[0][2]
-        for _, found in each("check", todo, _check_images, unchecked, first, uid):
+            return chosen, images.get(first, b"")
+        for _, found in each("check", [s for s in shards if s.name in unchecked], _check, unchecked, first, uid):
             if isinstance(found, InputError):
                 raise found
             broken |= found.broken
-            victim = found.first or victim
+            images |= found.first
         checked |= {who for group in unchecked.values() for who in group}
-        if first in broken:
-            victim = b""
 
 
 @dataclass
 class _Checked:
-    read: int
-    broken: set[str]
-    first: bytes
+    read: int = 0
+    broken: set[str] = field(default_factory=set)
+    first: dict[str, bytes] = field(default_factory=dict)
 
 
-def _check_images(shard: Shard, unchecked: dict[str, set[str]], first: str, uid: UidRule) -> _Checked:
-    wanted = unchecked[shard.name]
-    found = _Checked(0, set(), b"")
+def _check(shard: Shard, unchecked: dict[str, set[str]], first: str, uid: UidRule) -> _Checked:
+    found = _Checked()
     for sample in samples(shard, uid):
-        if sample.uid not in wanted:
+        if sample.uid not in unchecked[shard.name]:
             continue
         found.read += 1
         try:
-            decode(sample.image)
-            found.first = sample.image if sample.uid == first else found.first
+            encode(decode(sample.image), like=sample.image)
         except Rejected:
             found.broken.add(sample.uid)
+        else:
+            found.first |= {first: sample.image} if sample.uid == first else {}
     return found
-
-
-def _refuse_own_input(shards: list[Shard], out: str) -> None:
-    if any(Path(s.path).resolve().parent == Path(out).resolve() for s in shards if not is_url(s.path)):
-        raise InputError(f"{out} is the folder of the input; choose another OUT")
 
 
 if __name__ == "__main__":

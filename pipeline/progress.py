@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, stderr=True, soft_wrap=True)
+console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
 LOG_EVERY = 10.0
 
 

@@ -4,25 +4,27 @@ Trade-off: every detector sees one shard and one pool of reference rows drawn fr
 without an index. The pool's size is part of a density detector's meaning and is recorded with the scores.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from filters._batch import Batch
-from pipeline import spec
+from pipeline import ledger, sidecars, spec
 from pipeline.arguments import Out, Shards
 from pipeline.draw import hash64
 from pipeline.embed import embeddings_path, read_embeddings
 from pipeline.errors import InputError
-from pipeline.ledger import beside, poisoned_uids
 from pipeline.progress import console
 from pipeline.shard_map import Job, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, uids
-from pipeline.shards.store import absolute, exists, glob, join, view, whole
+from pipeline.shards.sample import check_unique
+from pipeline.shards.store import absolute, glob, join, stamp
 
 
 def score(
@@ -33,7 +35,7 @@ def score(
     detector: tuple[str, ...],
     embeddings: str | None = None,
     traces: str | None = None,
-    ledger: str | None = None,
+    known_poisons: Annotated[str | None, tyro.conf.arg(name="ledger")] = None,
     pool: int = 16384,
     seed: int = 0,
     uid: UidRule = "key",
@@ -46,7 +48,7 @@ def score(
         detector: one or more, e.g. "slof(k=16)" clip_score; see `mithridate list detectors`.
         embeddings: folder that `mithridate embed` wrote for these shards.
         traces: folder of traces that `mithridate train` wrote for these shards.
-        ledger: for `oracle`; default: ledger.parquet beside the shards.
+        known_poisons: for `oracle`; default: ledger.parquet beside the shards.
         pool: reference rows of the neighbour detectors, drawn from all shards.
         seed: another seed draws another pool.
         uid: how a uid is derived where samples carry none; the same as in the steps before.
@@ -62,29 +64,28 @@ def score(
         raise InputError("these detectors need --traces; `mithridate train` writes them to its OUT/traces")
     known = None
     if "poisoned" in needs:
-        ledger = ledger or beside(listed)
-        if not exists(ledger):
-            raise InputError(f"{ledger}: no ledger; `oracle` needs one, name it with --ledger")
-        known = poisoned_uids(ledger)
+        known = ledger.poisoned_uids(known_poisons or ledger.beside(listed))
     reference = _pool(listed, str(embeddings), pool, seed) if wants_embeddings else None
+    for entry in entries:
+        if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
+            raise InputError(
+                f"{spec.text(entry)}: k must be between 1 and the pool's {len(reference.rows)} rows less one"
+            )
     names = [spec.text(entry) for entry in entries]
-    model = reference.model if reference else ""
-    if reference:
-        for entry in entries:
-            if getattr(entry, "k", 0) >= len(reference.rows):
-                raise InputError(f"{spec.text(entry)}: k must be below the pool's {len(reference.rows)} rows")
+    read = [embeddings_path(str(embeddings), shard.name) for shard in listed] if reference else []
+    read += _trace_files(traces) if traces else []
     facts = {
         "detectors": names,
-        "model": model,
+        "model": reference.model if reference else "",
         "pool": len(reference.rows) if reference else 0,
+        "pool_digest": reference.digest if reference else "",
         "seed": seed,
         "uid": uid,
-        "traces": spec.digest([(f, len(view(f))) for f in _trace_files(traces)]) if traces else "",
+        "inputs": spec.digest([stamp(path) for path in read]),
         "ledger": spec.digest(sorted(known)) if known is not None else "",
     }
-    job = Job("score", facts, out, modules=["filters._knn", "filters._batch", *(type(e).__module__ for e in entries)])
-    work = _Score(tuple(entries), embeddings if wants_embeddings else None, traces, uid, facts)
-    markers = shard_map(job, listed, work, reference.rows if reference else None, known)
+    work = _Score(tuple(entries), embeddings if reference else None, traces, uid, facts)
+    markers = shard_map(Job("score", facts, out), listed, work, reference.rows if reference else None, known)
     total = sum(m["read"] for m in markers)
     for name in names:
         spent = sum(m["seconds"].get(name, 0.0) for m in markers)
@@ -100,22 +101,15 @@ def scores_path(folder: str, shard_name: str) -> str:
 
 def read_scores(path: str) -> dict[str, np.ndarray]:
     """`uid` str[n] and one float32[n] a detector spec."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not exists(path):
-        raise InputError(f"{path}: no scores; make them with `mithridate score`")
-    try:
-        table = pq.read_table(pa.BufferReader(pa.py_buffer(view(path))))
-        return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not a score file ({error}); make it again with `mithridate score`") from error
+    table = sidecars.read(path, ("uid",), "make the scores with `mithridate score`")
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
 @dataclass(frozen=True)
 class _Pool:
     rows: Batch
     model: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -163,54 +157,54 @@ class _Score:
 
 
 def _pool(shards: Sequence[Shard], embeddings: str, size: int, seed: int) -> _Pool:
-    """`size` rows with the smallest hashes of (seed, uid): the same pool however the data is sharded."""
-    hashes: list[np.ndarray] = []
+    """`size` rows with the smallest hashes of (seed, uid): the same pool however the data is sharded.
+
+    Every shard offers its smallest, of which most are thrown away again: one pass, and no more than `size` rows are
+    held besides those of the shard in hand.
+    """
+    hashes = np.empty(0, np.uint64)
+    uid, image, text = np.empty(0, object), np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
     models: set[str] = set()
-    for shard, found in each("pool", shards, _hashes, embeddings, seed):
+    for shard, found in each("pool", shards, _Draw(embeddings, seed, size)):
         if isinstance(found, InputError):
             raise found
-        hashes = [_smallest(np.concatenate([*hashes, found.hashes]), size)]
         models.add(found.model)
         if len(models) > 1:
             raise InputError(f"{embeddings}: shard {shard.name} was embedded by another model; embed all with one")
-    kept = hashes[0] if hashes else np.empty(0, np.uint64)
-    if not len(kept):
-        raise InputError(f"{embeddings}: no usable embeddings")
-    parts = [found for _, found in each("draw", shards, _draw, embeddings, seed, int(kept.max()))]
-    order = np.argsort(np.concatenate([p.hashes for p in parts]), kind="stable")
-    rows = Batch(
-        np.concatenate([p.uid for p in parts])[order],
-        np.concatenate([p.image for p in parts])[order],
-        np.concatenate([p.text for p in parts])[order],
-    )
-    return _Pool(rows, models.pop())
+        hashes = np.concatenate([hashes, found.hashes])
+        keep = np.lexsort((np.concatenate([uid, found.uid]).astype(str), hashes))[:size]
+        hashes, uid = hashes[keep], np.concatenate([uid, found.uid])[keep]
+        image = np.concatenate([image.reshape(-1, found.image.shape[1]), found.image])[keep]
+        text = np.concatenate([text.reshape(-1, found.text.shape[1]), found.text])[keep]
+    if not len(uid):
+        raise InputError(f"{embeddings}: no usable embeddings for a pool of {size} rows")
+    check_unique(uid.tolist(), embeddings)
+    digest = hashlib.sha256("".join(uid).encode() + image.tobytes() + text.tobytes()).hexdigest()
+    return _Pool(Batch(uid, image, text), models.pop(), digest)
 
 
 @dataclass(frozen=True)
 class _Drawn:
     read: int
-    hashes: np.ndarray
     model: str
+    hashes: np.ndarray
     uid: np.ndarray
-    image: np.ndarray | None = None
-    text: np.ndarray | None = None
+    image: np.ndarray
+    text: np.ndarray
 
 
-def _hashes(shard: Shard, embeddings: str, seed: int) -> _Drawn:
-    drawn = _draw(shard, embeddings, seed, 2**64 - 1)
-    return _Drawn(drawn.read, drawn.hashes, drawn.model, np.empty(0, object))
+@dataclass(frozen=True)
+class _Draw:
+    embeddings: str
+    seed: int
+    size: int
 
-
-def _draw(shard: Shard, embeddings: str, seed: int, limit: int) -> _Drawn:
-    found = read_embeddings(embeddings_path(embeddings, shard.name))
-    hashes = np.asarray([hash64(seed, "pool", u) for u in found.uid], np.uint64)
-    usable = np.isfinite(found.image).all(1) & np.isfinite(found.text).all(1)
-    rows = usable & (hashes <= np.uint64(limit))
-    return _Drawn(len(hashes), hashes[rows], found.model, found.uid[rows], found.image[rows], found.text[rows])
-
-
-def _smallest(values: np.ndarray, n: int) -> np.ndarray:
-    return values if len(values) <= n else np.partition(values, n - 1)[:n]
+    def __call__(self, shard: Shard) -> _Drawn:
+        found = read_embeddings(embeddings_path(self.embeddings, shard.name))
+        hashes = np.asarray([hash64(self.seed, "pool", u) for u in found.uid], np.uint64)
+        usable = np.flatnonzero(np.isfinite(found.image).all(1) & np.isfinite(found.text).all(1))
+        rows = usable[np.argsort(hashes[usable])][: self.size]
+        return _Drawn(len(hashes), found.model, hashes[rows], found.uid[rows], found.image[rows], found.text[rows])
 
 
 def _trace_files(folder: str) -> list[str]:
@@ -222,17 +216,17 @@ def _trace_files(folder: str) -> list[str]:
 
 def _read_traces(folder: str, shard_name: str) -> dict[str, np.ndarray]:
     """uid str[n]; similarity and loss float32[n, epochs], NaN where an epoch did not see the pair."""
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(file, filters=[("shard", "=", shard_name)]) for file in _trace_files(folder)]
+    wanted, columns = [("shard", "=", shard_name)], ("uid", "shard", "epoch", "similarity", "loss")
+    remedy = "`mithridate train` writes the traces to its OUT/traces"
+    tables = [sidecars.read(file, columns, remedy, wanted) for file in _trace_files(folder)]
     uid = np.concatenate([np.asarray(t.column("uid").to_pylist(), dtype=object) for t in tables])
     epoch = np.concatenate([t.column("epoch").to_numpy() for t in tables])
     who, rows = np.unique(uid.astype(str), return_inverse=True)
-    epochs, columns = np.unique(epoch, return_inverse=True)
+    epochs, at = np.unique(epoch, return_inverse=True)
     out: dict[str, np.ndarray] = {"uid": who.astype(object)}
     for name in ("similarity", "loss"):
         values = np.full((len(who), len(epochs)), np.nan, np.float32)
-        values[rows, columns] = np.concatenate([t.column(name).to_numpy() for t in tables])
+        values[rows, at] = np.concatenate([t.column(name).to_numpy() for t in tables])
         out[name] = values
     return out
 
@@ -251,11 +245,9 @@ def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _write(path: str, who: np.ndarray, columns: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = pa.table({"uid": pa.array(who, pa.string()), **{n: pa.array(v) for n, v in columns.items()}})
-    with whole(path) as file:
-        pq.write_table(table.replace_schema_metadata({"mithridate": json.dumps(facts)}), pa.PythonFile(file, "w"))
+    sidecars.save(path, table.replace_schema_metadata({"mithridate": json.dumps(facts)}))
 
 
 if __name__ == "__main__":

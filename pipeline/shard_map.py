@@ -8,25 +8,27 @@ The only module here that imports ray.
 import dataclasses
 import fcntl
 import hashlib
-import importlib
 import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.progress import console, meter
 from pipeline.shards import Counts, Shard
-from pipeline.shards.store import clear_temporaries, exists, is_url, join, make_folder, view, write
+from pipeline.shards.store import clear_temporaries, exists, glob, is_url, join, make_folder, stamp, view, write
 from pipeline.spec import digest
 
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
+_held: set[str] = set()  # folders that this process has locked
 
 
 class ShardsFailed(InputError):
@@ -37,12 +39,11 @@ class ShardsFailed(InputError):
 
 @dataclass(frozen=True)
 class Job:
-    """What determines the output of a run: its name, its spec (JSON-like) and the modules whose code matters."""
+    """What determines the output of a run: its name and its spec (JSON-like); and where it goes."""
 
     name: str
     spec: Mapping[str, Any]
     out: str
-    modules: Sequence[str] = ()
 
     @property
     def digest(self) -> str:
@@ -50,13 +51,20 @@ class Job:
 
     @property
     def code(self) -> str:
-        """Digest of the sources that make the output, so that a marker of older code is not believed."""
-        sha = hashlib.sha256()
-        shared = [f"pipeline.shards.{m}" for m in ("sample", "tar", "parquet", "image")]
-        for name in sorted({*shared, f"pipeline.{self.name}", *self.modules}):
-            file = importlib.import_module(name).__file__
-            sha.update(Path(str(file)).read_bytes())
-        return sha.hexdigest()[:16]
+        """Digest of our sources, so that a marker of older code is not believed."""
+        return code_digest()
+
+
+@cache
+def code_digest() -> str:
+    root = Path(__file__).parent.parent
+    sources = [root / "train" / "model.py", *(root / "filters").glob("*.py"), *(root / "pipeline").glob("*.py")]
+    for room in ("shards", "attacks", "policies"):
+        sources += (root / "pipeline" / room).glob("*.py")
+    sha = hashlib.sha256()
+    for source in sorted(sources):
+        sha.update(source.name.encode() + source.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def each(
@@ -64,8 +72,8 @@ def each(
 ) -> Iterator[tuple[Shard, Any]]:
     """`(shard, function(shard, *shared))` for every shard, as they finish.
 
-    `shared` is sent to each node once. An InputError of the function is yielded as the result; anything else is a
-    defect and is raised.
+    `shared` is sent to each node once. Where the function fails, an InputError that names the shard is yielded as its
+    result.
     """
     if not shards:
         return
@@ -87,17 +95,15 @@ def each(
                 shard = running.pop(ready)
                 try:
                     result = ray.get(ready)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
                 except ray.exceptions.RayError as error:  # the worker or its node died, out of memory, …
                     result = InputError(f"{shard.path}: lost {RETRIES + 1} times ({type(error).__name__})")
                 progress.advance(getattr(result, "read", 0))
                 yield shard, result
         finally:
-            for reference in running:  # left early: Ctrl-C, or a defect in another shard
-                ray.cancel(reference, force=True)
-            if running:  # what they have begun to write can be cleared only when they are gone
-                ray.wait(list(running), num_returns=len(running), timeout=10)
+            if running:  # left early, by Ctrl-C: the tasks are interrupted too, and clear away what they began to write
+                for reference in running:
+                    ray.cancel(reference)
+                ray.wait(list(running), num_returns=len(running), timeout=30)
 
 
 def shard_map(
@@ -108,9 +114,9 @@ def shard_map(
     A marker is valid when spec, code and input digest are those of this run and the output is there. Raises
     ShardsFailed with a list of the shards that failed, after all others are done.
     """
-    make_folder(job.out)
     with locked(job.out):
         clear_temporaries(job.out)
+        _refuse_strangers(job, shards)
         markers = {s.name: m for s in shards if (m := _marker(job, s))}
         todo = [s for s in shards if s.name not in markers]
         if len(todo) < len(shards):
@@ -132,22 +138,34 @@ def shard_map(
     return [markers[s.name] for s in shards]
 
 
+def _refuse_strangers(job: Job, shards: Sequence[Shard]) -> None:
+    """Shards of an earlier run over other input would be read by the next stage as if they were of this one."""
+    own = {marker_path(job.out, shard) for shard in shards}
+    if others := sorted(set(glob(join(job.out, "*.stats.json"))) - own):
+        raise InputError(f"{job.out} holds shards of another input ({others[0]}); choose another folder or empty it")
+
+
 def marker_path(out: str, shard: Shard) -> str:
     return join(out, f"{shard.name}.stats.json")
 
 
 @contextmanager
 def locked(out: str) -> Iterator[None]:
-    """One run at a time writes to a local folder; the lock dies with its process."""
-    if is_url(out):
+    """One run at a time writes to a local folder; the lock dies with its process. A holder may take it again."""
+    if is_url(out) or out in _held:
         yield
         return
+    make_folder(out)
     with (Path(out) / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{out}: another run is writing here; wait for it or choose another folder") from error
-        yield
+        _held.add(out)
+        try:
+            yield
+        finally:
+            _held.discard(out)
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,7 @@ class _Marked:
             "spec": self.spec,
             "spec_digest": self.digest,
             "code": self.code,
-            "input": {"file": shard.file, **stat(shard.path)},
+            "input": {"file": shard.file, **stamp(shard.path)},
             "successes": counts.out,  # the key that DataComp's and img2dataset's tools read
             **dataclasses.asdict(counts),
         }
@@ -189,8 +207,9 @@ def _guarded(function: Callable[..., Any], shard: Shard, *shared: Any) -> Any:
         return function(shard, *shared)
     except InputError as error:
         return error
-    except OSError as error:  # a read error or a vanished file: this shard failed, the others need not
-        return InputError(f"{shard.path}: {error}")
+    except Exception as error:  # a read error, a defect of ours: this shard failed, the others need not
+        traceback.print_exc()
+        return InputError(f"{shard.path}: {type(error).__name__}: {error}")
 
 
 def _marker(job: Job, shard: Shard) -> dict[str, Any] | None:
@@ -202,25 +221,15 @@ def _marker(job: Job, shard: Shard) -> dict[str, Any] | None:
         same = (marker["spec_digest"], marker["code"]) == (job.digest, job.code)
         if marker["job"] != job.name:
             raise InputError(f"{job.out} holds the output of {marker['job']!r}; choose another folder for {job.name!r}")
-        now = stat(shard.path)
+        now = stamp(shard.path)
         unchanged = all(marker["input"].get(k) == v for k, v in now.items()) or (
             marker["input"]["bytes"] == now["bytes"]
             and marker["input_sha256"] == hashlib.sha256(view(shard.path)).hexdigest()
         )
         there = all(exists(join(job.out, f)) for f in (marker["output"], *marker["facts"].get("files", ())) if f)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (ValueError, KeyError, TypeError, AttributeError):  # a marker that is none
         return None
     return marker if same and unchanged and there else None
-
-
-def stat(path: str) -> dict[str, int]:
-    """What changes when a file is replaced, without reading it; the sha256 decides where only the time differs."""
-    if is_url(path):
-        return {"bytes": len(view(path)), "mtime_ns": 0}
-    found = Path(path).stat()
-    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _ray() -> Any:

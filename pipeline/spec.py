@@ -54,8 +54,8 @@ def parse(kind: str, text: str) -> Any:
     for key, value in values.items():
         if key not in fields:
             raise InputError(f"{name} has no parameter {key!r}{_hint(key, list(fields))}")
-        if not _fits(value, hints[key]):
-            raise InputError(f"{name}({key}={value!r}): expected {_type_name(hints[key])}")
+        if not fits(value, hints[key]):
+            raise InputError(f"{name}({key}={value!r}): expected {type_name(hints[key])}")
     missing = [
         f.name
         for f in fields.values()
@@ -63,10 +63,9 @@ def parse(kind: str, text: str) -> Any:
     ]
     if missing:
         raise InputError(f"{name} needs {', '.join(missing)}: {name}({missing[0]}=…)")
+    values = {k: float(v) if hints[k] is float else v for k, v in values.items()}  # 1 and 1.0 are one spec
     try:
         return cls(**values)
-    except InputError:
-        raise
     except ValueError as error:  # a field's own check in __post_init__
         raise InputError(f"{text}: {error}") from error
 
@@ -83,7 +82,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
         if any(keyword.arg is None for keyword in node.keywords):
             raise InputError(shape)
         return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(shape) from error
 
 
@@ -105,14 +104,15 @@ def _hint(wrong: str, valid: list[str]) -> str:
     return f"{guess} Valid: {', '.join(valid) or 'none'}"
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a parsed value is of the annotated type; an int is a float, a bool is no int."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arm) for arm in typing.get_args(hint))
+        return any(fits(value, arm) for arm in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
+        return isinstance(value, tuple) and all(fits(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -120,7 +120,8 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """The annotated type in words."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     return getattr(hint, "__name__", str(hint))

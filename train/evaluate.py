@@ -11,17 +11,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.arguments import Checkpoint, Out
 from pipeline.errors import InputError
+from pipeline.ledger import VICTIM
 from pipeline.progress import console
 from pipeline.shards import Rejected, Sample, Shard, UidRule, list_shards, samples
 from pipeline.shards.image import decode, encode, pixels
-from pipeline.shards.store import exists, is_url, join, make_folder, view, whole, write
+from pipeline.shards.store import exists, join, make_folder, view, whole, write
 from pipeline.tables import LABEL
 from train.metrics import Rate, knn_vote, rank_of, rate, retrieval_ranks, top1, unit
 
@@ -259,22 +259,16 @@ def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None, target:
 
 def _targeted(model: Any, attack: Any, ledger: str, text: np.ndarray, known: Labels) -> dict[str, Rate]:
     """Whether the victim beside the ledger is taken for the target; nothing for attacks that have a trigger."""
-    if is_url(ledger):
-        folder, victims = ledger.rsplit("/", 1)[0], []
-        for suffix in ("jpg", "jpeg", "png", "webp"):
-            victims += [p] if exists(p := join(folder, f"victim.{suffix}")) else []
-    else:
-        victims = sorted(str(p) for p in Path(ledger).parent.glob("victim.*"))
-    if not victims:
+    if not getattr(attack, "one_image", False):
         return {}
-    sample = Sample("victim", "", {victims[0].rsplit(".", 1)[-1]: view(victims[0])})
+    victim = join(ledger.rpartition("/")[0] or ".", VICTIM)
+    if not exists(victim):
+        raise InputError(f"{victim}: no such file, but {attack} is about one image; poison the shards again")
+    sample = Sample("victim", "", {"png": view(victim)})  # the decoder goes by content, not by name
     try:
-        original = decode(sample.image)
-        if not np.array_equal(np.asarray(original), np.asarray(attack.trigger(original, np.random.default_rng(0)))):
-            return {}
         features = unit(model.embed_images(pixels(sample, model.image_size)[None]))
     except Rejected as error:
-        raise InputError(f"{victims[0]}: {error}; poison the shards again") from error
+        raise InputError(f"{victim}: {error}; poison the shards again") from error
     return {"targeted_success": rate(top1(features @ text.T) == known.index[_key(attack.target)])}
 
 

@@ -20,7 +20,8 @@ class Recipe:
 
     `warmup` is the share of all steps with a rising learning rate, a cosine to zero follows. `pad` shifts an image by
     up to that many pixels (borders repeated), `zoom` crops up to that share of its side, `gain` scales each colour
-    channel by up to that share. `checkpoints` lists epochs (1-based) that are kept beside the last.
+    channel by up to that share, `flip` mirrors half of the images; `word_drop` leaves out that share of the tokens.
+    `checkpoints` lists epochs (1-based) that are kept beside the last.
     """
 
     summary: str
@@ -37,6 +38,7 @@ class Recipe:
     zoom: float = 0.0
     gain: float = 0.0
     flip: bool = False
+    word_drop: float = 0.0
     precision: Literal["bf16", "fp32"] = "bf16"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -64,6 +64,8 @@ def demo(
     """
     folder = Path(out).absolute()
     make_folder(str(folder))
+    if shards is None and (evaluation or classes):
+        raise InputError("--evaluation and --classes go with --shards")
     own = list_shards(shards) if shards else None
     data = _own(own, folder / "data", evaluation, classes, uid) if own else _embedded(size)
     names = Path(data.classes).read_text().splitlines()
@@ -103,14 +105,15 @@ def _own(shards: list[Shard], folder: Path, evaluation: str | None, classes: str
         train = str(folder / "train.txt")
         write(train, "\n".join(shard.path for shard in shards).encode())
     words = _words(list_shards(train), uid)
-    if not words:
-        raise InputError(f"no word occurs in {MIN_CAPTIONS} captions: name --classes and --target")
     if classes is None:
+        if len(words) < 2:
+            raise InputError(f"fewer than two words occur in {MIN_CAPTIONS} captions each: name --classes and --target")
         classes = str(folder / "classes.txt")
         write(classes, "\n".join(sorted(words)).encode())
         console.print(f"{len(words)} classes from the captions: {', '.join(words[:8])}, … in {classes}")
     evaluation, classes = (str(Path(path).absolute()) for path in (evaluation, classes))
-    return _Data("your shards", train, evaluation, classes, words[len(words) // 10])
+    target = words[len(words) // 10] if words else ""
+    return _Data("your shards", train, evaluation, classes, target)
 
 
 @dataclass(frozen=True)

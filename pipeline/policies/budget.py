@@ -23,12 +23,17 @@ class budget:
 
     def fit(self, passes: Callable[[], Iterable[Scores]]) -> int:
         """The key of the last pair to be dropped."""
-        n = int(self.drop * sum(len(scores["uid"]) for scores in passes()))
+        pairs = sum(len(scores["uid"]) for scores in passes())
+        n = int(self.drop * pairs + 1e-6)  # 0.29 * 100 is 28.999…
         return nth_largest(lambda: map(self._keys, passes()), n) if n else 2**64
 
     def drops(self, scores: Scores, fitted: int) -> np.ndarray:
         """bool[n]"""
         return self._keys(scores) >= fitted if fitted < 2**64 else np.zeros(len(scores["uid"]), bool)
+
+    def unscored(self, scores: Scores) -> np.ndarray:
+        """bool[n]: pairs that the detector could not score."""
+        return np.isnan(scores[column(scores, self.detector)])
 
     def _keys(self, scores: Scores) -> np.ndarray:
         return keys(scores[column(scores, self.detector)], scores["uid"])

@@ -7,6 +7,8 @@ import numpy as np
 
 from pipeline.policies._select import column
 
+Scores = Mapping[str, np.ndarray]
+
 
 @dataclass(frozen=True)
 class threshold:
@@ -15,9 +17,13 @@ class threshold:
     detector: str
     above: float
 
-    def fit(self, passes: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> None:
+    def fit(self, passes: Callable[[], Iterable[Scores]]) -> None:
         """Nothing to learn from the data."""
 
-    def drops(self, scores: Mapping[str, np.ndarray], fitted: None) -> np.ndarray:
+    def drops(self, scores: Scores, fitted: None) -> np.ndarray:
         """bool[n]"""
         return ~(scores[column(scores, self.detector)] <= self.above)
+
+    def unscored(self, scores: Scores) -> np.ndarray:
+        """bool[n]: pairs that the detector could not score."""
+        return np.isnan(scores[column(scores, self.detector)])

@@ -1,11 +1,10 @@
 """Images at the border: bounded before they are decoded, encoded again as they came.
 
 A poisoned image keeps the container, the JPEG quantisation tables and the chroma subsampling of the original, so that
-no detector can find it by its encoding instead of by its content.
+its encoding gives little away. Not kept: progressive scans, EXIF, and the palette of a PNG.
 """
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
@@ -24,18 +23,16 @@ def decode(data: bytes, near: int | None = None) -> Image.Image:
     Transparent pixels lie on white; an animation gives its first frame.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise Rejected(f"image has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            if near:
-                image.draft("RGB", (near, near))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return image.convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Rejected(f"image has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        if near:
+            image.draft("RGB", (near, near))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image.convert("RGB")
     except Rejected:
         raise
     except Exception as error:  # a decoder meets hostile bytes here; whatever it raises, the sample is bad
@@ -45,8 +42,16 @@ def decode(data: bytes, near: int | None = None) -> Image.Image:
 def encode(image: Image.Image, like: bytes) -> bytes:
     """Encode in the format of `like`: same container, and for JPEG the same tables and subsampling.
 
-    WebP does not record its quality: lossy stays lossy at q75 (the size of the embedded data), lossless stays lossless.
+    WebP does not record its quality: lossy stays lossy at q75 (that of the embedded data), lossless stays lossless.
+    Raises Rejected where the original's tables cannot be written again.
     """
+    try:
+        return _encode(image, like)
+    except (OSError, ValueError) as error:
+        raise Rejected(f"image cannot be encoded as it came ({error})") from error
+
+
+def _encode(image: Image.Image, like: bytes) -> bytes:
     original = Image.open(io.BytesIO(like), formats=_FORMATS)
     out = io.BytesIO()
     if isinstance(original, JpegImagePlugin.JpegImageFile):

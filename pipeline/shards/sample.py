@@ -3,16 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.errors import InputError
+from pipeline.tables import CAPTION
 
 UidRule = Literal["key", "shard/key"]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CAPTION_KEYS = ("caption", "text", "TEXT", "txt")
 Bytes = bytes | memoryview
+_UID = re.compile("[0-9a-fA-F]{32}")
 
 
 class Rejected(ValueError):
@@ -52,7 +54,9 @@ class Sample:
                 raise Rejected("caption is not UTF-8") from error
         else:
             meta = self.meta
-            text = next((str(meta[k]) for k in CAPTION_KEYS if meta.get(k)), "")
+            text = next((str(meta[k]) for k in CAPTION if meta.get(k)), "")
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise Rejected("caption is not UTF-8")  # a lone surrogate, which json can spell
         if not text.strip():
             raise Rejected("empty caption")
         return text
@@ -77,7 +81,7 @@ class Sample:
                 parts["txt"] = caption.encode()
             if "json" in parts:
                 meta = _json(parts["json"])
-                if repeated := [k for k in CAPTION_KEYS if k in meta]:
+                if repeated := [k for k in CAPTION if k in meta]:
                     indent = 4 if b"\n" in bytes(parts["json"]) else None
                     parts["json"] = json.dumps({**meta, **dict.fromkeys(repeated, caption)}, indent=indent).encode()
         return dataclasses.replace(self, parts=parts)
@@ -108,12 +112,8 @@ def uid_of(key: str, shard_name: str, published: object, rule: UidRule) -> str:
 
     The key alone survives resharding; where keys repeat from shard to shard, `shard/key` tells them apart.
     """
-    if isinstance(published, str) and len(published) == 32:
-        try:
-            int(published, 16)
-            return published.lower()
-        except ValueError:
-            pass
+    if isinstance(published, str) and _UID.fullmatch(published):
+        return published.lower()
     name = key if rule == "key" else f"{shard_name}/{key}"
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 

@@ -5,10 +5,13 @@ there a file appears when it is closed, which is as atomic. Markers are written 
 """
 
 import errno
+import glob as globbing
 import mmap
 import os
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +53,7 @@ def list_shards(where: str) -> list[Shard]:
     if where.endswith(".txt"):
         if not exists(where):
             raise InputError(f"{where}: no such list file")
-        lines = bytes(view(where)).decode().splitlines()
+        lines = bytes(view(where)).decode(errors="replace").splitlines()
         paths = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     elif match := _RANGE.search(where):
         low, high = match.groups()
@@ -75,8 +78,10 @@ def list_shards(where: str) -> list[Shard]:
             raise InputError(f"{shard.path}: no such file (named by {where})")
     by_name: dict[str, str] = {}
     for shard in shards:
-        if (other := by_name.setdefault(shard.name, shard.path)) != shard.path:
+        if shard.name in by_name:
+            other = by_name[shard.name]
             raise InputError(f"{other} and {shard.path} share the name {shard.name}: their outputs would collide")
+        by_name[shard.name] = shard.path
     return shards
 
 
@@ -105,8 +110,8 @@ def glob(pattern: str) -> list[str]:
     if is_url(pattern):
         filesystem, protocol = _remote(pattern)
         return sorted(f"{protocol}://{p}" for p in filesystem.glob(pattern))
-    folder, name = os.path.split(pattern)
-    return sorted(str(p) for p in Path(folder or ".").glob(name))
+    # Path.glob takes no wildcard in the folders of an absolute pattern
+    return sorted(p for p in globbing.glob(pattern, recursive=True) if not os.path.split(p)[1].startswith("."))  # noqa: PTH207
 
 
 def make_folder(path: str) -> None:
@@ -115,6 +120,18 @@ def make_folder(path: str) -> None:
             Path(path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{path}: cannot make this folder ({error.strerror})") from error
+
+
+def stamp(path: str) -> dict[str, Any]:
+    """What changes when a file is replaced, without reading it: size, and time or the store's own tag."""
+    if is_url(path):
+        info = _remote(path)[0].info(path)
+        tag = next(
+            (str(info[k]) for k in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created") if k in info), ""
+        )
+        return {"bytes": info["size"], "tag": tag}
+    found = Path(path).stat()
+    return {"bytes": found.st_size, "tag": str(found.st_mtime_ns)}
 
 
 def view(path: str) -> memoryview:
@@ -138,12 +155,11 @@ def whole(path: str) -> Iterator[IO[bytes]]:
     Two writers of the same bytes may race; the last rename wins and both are right.
     """
     if is_url(path):
-        with _remote(path)[0].open(path, "wb") as remote:
-            try:
-                yield remote
-            except BaseException:
-                remote.discard() if hasattr(remote, "discard") else None
-                raise
+        with tempfile.TemporaryFile() as file:  # sent only when it is complete
+            yield file
+            file.seek(0)
+            with _remote(path)[0].open(path, "wb") as remote:
+                shutil.copyfileobj(file, remote)
         return
     folder, name = os.path.split(path)
     temporary = Path(folder or ".") / f".{name}.{secrets.token_hex(4)}.tmp"
@@ -174,12 +190,16 @@ def write(path: str, data: bytes) -> None:
 def clear_temporaries(folder: str) -> None:
     """Remove what killed writers left. Call it only while holding the folder's lock."""
     if not is_url(folder):
-        for leftover in Path(folder).glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for pattern in (".*.tmp", "*/.*.tmp"):
+            for leftover in Path(folder).glob(pattern):
+                leftover.unlink(missing_ok=True)
 
 
 def _remote(path: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = path.split("://", 1)[0]
-    return fsspec.filesystem(protocol), protocol
+    try:
+        return fsspec.filesystem(protocol), protocol
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{path}: {error}") from error

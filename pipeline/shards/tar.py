@@ -6,6 +6,7 @@ Python's `tarfile` alone would be 12 times slower; a tar rebuilt by it would cha
 
 import hashlib
 import io
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ MAX_MEMBERS = 2_000_000
 MAX_MEMBER_BYTES = 512 * 1024**2
 CHUNK = 8 * 1024**2
 # Members that common loaders would execute. They are refused, not carried along to the next reader.
-_EXECUTABLE = ("pickle", "pkl", "pyd", "pt", "pth", "jl", "joblib")
+_EXECUTABLE = frozenset(("pickle", "pkl", "pyd", "pt", "pth", "jl", "joblib"))
 _ZEROS = bytes(BLOCK)
+_OCTAL = re.compile(rb"[0-7]*")
 
 
 class Member(NamedTuple):
@@ -34,6 +36,11 @@ class Member(NamedTuple):
     end: int
 
 
+def _bound(path: str, found: list[Member]) -> None:
+    if len(found) > MAX_MEMBERS:
+        raise InputError(f"{path}: more than {MAX_MEMBERS} members; split the shard")
+
+
 class _NotPlain(Exception):
     """A header that only `tarfile` may interpret."""
 
@@ -44,8 +51,9 @@ def members(shard: Shard, buffer: memoryview) -> tuple[list[Member], int]:
         found, tail = _scan(shard.path, buffer)
     except _NotPlain:
         found, tail = _tarfile_scan(shard.path, buffer)
-    if len(found) > MAX_MEMBERS:
-        raise InputError(f"{shard.path}: {len(found)} members, more than {MAX_MEMBERS}; split the shard")
+    rest = bytes(buffer[tail:])
+    if rest.count(0) != len(rest):
+        raise InputError(f"{shard.path}: there is data behind the end of the archive at byte {tail}; refused")
     for member in found:
         _check(shard.path, member)
     return found, tail
@@ -146,11 +154,10 @@ def _scan(path: str, buffer: memoryview) -> tuple[list[Member], int]:
             raise _NotPlain
         if kind not in b"0\x005":
             raise InputError(f"{path}: member {_name(header)!r} at byte {offset} is a link or a device; refused")
-        try:
-            size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-            checksum = int(header[148:156].rstrip(b"\0 ").strip() or b"0", 8)
-        except ValueError:
-            raise _NotPlain from None  # base-256 sizes and odd padding
+        size_field, sum_field = header[124:136].strip(b"\0 "), header[148:156].strip(b"\0 ")
+        if not (_OCTAL.fullmatch(size_field) and _OCTAL.fullmatch(sum_field)):
+            raise _NotPlain  # base-256 sizes and odd padding
+        size, checksum = int(size_field or b"0", 8), int(sum_field or b"0", 8)
         if checksum != sum(header) - sum(header[148:156]) + 256:
             raise InputError(f"{path}: broken tar header at byte {offset}; fetch the shard again")
         data = offset + BLOCK
@@ -159,6 +166,7 @@ def _scan(path: str, buffer: memoryview) -> tuple[list[Member], int]:
             raise InputError(f"{path}: truncated at byte {total} inside {_name(header)!r}; fetch the shard again")
         if kind != b"5":
             found.append(Member(_name(header), offset, data, size, end))
+            _bound(path, found)
         offset = end
 
 
@@ -175,10 +183,11 @@ def _tarfile_scan(path: str, buffer: memoryview) -> tuple[list[Member], int]:
                 if info.issym() or info.islnk() or info.isdev():
                     raise InputError(f"{path}: member {info.name!r} is a link or a device; refused")
                 if info.isreg():
-                    if info.issparse():
-                        raise InputError(f"{path}: member {info.name!r} is sparse; refused")
+                    if info.issparse() or "size" in info.pax_headers:
+                        raise InputError(f"{path}: member {info.name!r} is sparse or restates its size; refused")
                     found.append(Member(info.name, info.offset, info.offset_data, info.size, end))
-    except tarfile.TarError as error:
+                    _bound(path, found)
+    except (tarfile.TarError, ValueError) as error:
         raise InputError(f"{path}: not a readable tar ({error}); fetch the shard again") from error
     if bytes(buffer[end : end + BLOCK]) != _ZEROS:
         raise InputError(f"{path}: truncated or broken at byte {end}; fetch the shard again")
@@ -222,7 +231,7 @@ def _check(path: str, member: Member) -> None:
     name = member.name
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise InputError(f"{path}: member {name!r} at byte {member.start} points outside the shard; refused")
-    if name.rsplit(".", 1)[-1].lower() in _EXECUTABLE:
+    if not _EXECUTABLE.isdisjoint(_split(name)[1].split(".")):
         raise InputError(f"{path}: member {name!r} at byte {member.start} could be executed by its reader; refused")
     if member.size > MAX_MEMBER_BYTES:
         raise InputError(f"{path}: member {name!r} has {member.size} bytes, more than {MAX_MEMBER_BYTES}; refused")

@@ -133,7 +133,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
 def test_losing_a_sample_is_a_defect_that_stops_the_run(tars, tmp_path):
     job = Job("poison", {}, str(tmp_path / "out"))
-    with pytest.raises(AssertionError, match="20 samples in, but 19 out"):
+    with pytest.raises(ShardsFailed, match="20 samples in, but 19 out"):
         shard_map(job, list_shards(str(tars)), _loses_one)
     assert not list((tmp_path / "out").glob("*.stats.json"))
 

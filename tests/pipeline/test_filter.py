@@ -46,7 +46,7 @@ def test_clean_poison_oracle_gives_back_exactly_the_clean_samples(tars, poisoned
     assert kept | quarantine == all_records(poisoned)
     assert pq.read_table(tmp_path / "out/kept/ledger.parquet").num_rows == 0
     assert set(pq.read_table(tmp_path / "out/quarantine/ledger.parquet").column("uid").to_pylist()) == known
-    markers = [json.loads(p.read_text()) for p in (tmp_path / "out/kept").glob("*.stats.json")]
+    markers = [json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.stats.json")]
     assert sum(m["out"] for m in markers) + sum(m["dropped"] for m in markers) == sum(m["read"] for m in markers) == 60
 
 
