@@ -9,17 +9,17 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 from filters._batch import Batch
-from pipeline import ledger, sidecars, spec
+from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards
 from pipeline.draw import hash64
 from pipeline.embed import embeddings_path, read_embeddings
 from pipeline.errors import InputError
+from pipeline.ledger import beside, poisoned_uids
 from pipeline.progress import console
 from pipeline.shard_map import Job, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, uids
@@ -35,7 +35,7 @@ def score(
     detector: tuple[str, ...],
     embeddings: str | None = None,
     traces: str | None = None,
-    known_poisons: Annotated[str | None, tyro.conf.arg(name="ledger")] = None,
+    ledger: str | None = None,
     pool: int = 16384,
     seed: int = 0,
     uid: UidRule = "key",
@@ -48,7 +48,7 @@ def score(
         detector: one or more, e.g. "slof(k=16)" clip_score; see `mithridate list detectors`.
         embeddings: folder that `mithridate embed` wrote for these shards.
         traces: folder of traces that `mithridate train` wrote for these shards.
-        known_poisons: for `oracle`; default: ledger.parquet beside the shards.
+        ledger: for `oracle`; default: ledger.parquet beside the shards.
         pool: reference rows of the neighbour detectors, drawn from all shards.
         seed: another seed draws another pool.
         uid: how a uid is derived where samples carry none; the same as in the steps before.
@@ -64,7 +64,7 @@ def score(
         raise InputError("these detectors need --traces; `mithridate train` writes them to its OUT/traces")
     known = None
     if "poisoned" in needs:
-        known = ledger.poisoned_uids(known_poisons or ledger.beside(listed))
+        known = poisoned_uids(ledger or beside(listed))
     reference = _pool(listed, str(embeddings), pool, seed) if wants_embeddings else None
     for entry in entries:
         if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):

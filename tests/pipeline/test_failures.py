@@ -12,7 +12,7 @@ from conftest import contents, pairs, write_tar
 
 from pipeline.errors import InputError
 from pipeline.poison import poison
-from pipeline.shard_map import Job, ShardsFailed, locked, shard_map
+from pipeline.shard_map import Job, ShardsFailed, shard_map
 from pipeline.shards import Counts, Shard, list_shards, rewrite
 from pipeline.shards.store import whole
 
@@ -80,10 +80,19 @@ def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
     assert 0 < len(done) < 30
 
 
-def test_two_runs_on_one_folder_the_second_is_refused(tars, tmp_path):
-    (tmp_path / "out").mkdir()
-    with locked(str(tmp_path / "out")), pytest.raises(InputError, match="another run is writing here"):
-        poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
+def test_two_runs_on_one_folder_the_second_is_refused_and_changes_nothing(tars, tmp_path):
+    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
+    before = contents(tmp_path / "out", "*")
+    holder = (
+        "import sys, fcntl; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "out/.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another run is writing here"):
+            poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="6")
+        other.stdin.write(b"\n")
+    assert contents(tmp_path / "out", "*") == before
 
 
 def test_a_folder_of_another_job_is_refused(tars, tmp_path):

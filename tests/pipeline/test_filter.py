@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from conftest import records
+from conftest import pairs, records, write_tar
 
 from pipeline import spec
 from pipeline.embed import _write as write_embeddings
@@ -159,7 +159,7 @@ def test_what_is_missing_is_named_with_the_job_that_makes_it(poisoned, tmp_path)
         ("slof", {"embeddings": str(tmp_path / "none")}, "mithridate embed"),
         ("trace", {}, "mithridate train"),
         ("trace", {"traces": str(tmp_path / "none")}, "mithridate train"),
-        ("oracle", {"ledger": str(tmp_path / "no.parquet")}, "no ledger"),
+        ("oracle", {"ledger": str(tmp_path / "no.parquet")}, "mithridate poison"),
         ("slfo", {}, "did you mean 'slof'"),
     ):
         with pytest.raises(InputError, match=says):
@@ -183,3 +183,58 @@ def test_mixed_models_are_refused(poisoned, tmp_path):
         write_embeddings(str(tmp_path / f"emb/{shard.name}.embeddings.parquet"), who, rows, rows, f"model{i}")
     with pytest.raises(InputError, match="another model"):
         score(str(poisoned), str(tmp_path / "s"), detector=("kdist",), embeddings=str(tmp_path / "emb"))
+
+
+def test_what_is_missing_of_the_output_is_made_again(poisoned, tmp_path):
+    scores, policy = str(tmp_path / "scores"), "budget(detector='random', drop=0.2)"
+    score(str(poisoned), scores, detector=("random",))
+    out = tmp_path / "out"
+    filter_shards(str(poisoned), str(out), scores=scores, policy=policy)
+    whole = {p: p.read_bytes() for p in out.rglob("*") if p.suffix in (".tar", ".parquet", ".npy")}
+    for lost in whole:
+        lost.unlink()
+        filter_shards(str(poisoned), str(out), scores=scores, policy=policy)
+        assert {p: p.read_bytes() for p in whole if p.exists()} == whole, lost
+
+
+def test_scores_by_another_uid_rule_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/0.tar", [{**s, "meta": {}} for s in pairs(0, 20)])
+    score(str(tmp_path / "in"), str(tmp_path / "scores"), detector=("random",))
+    arguments = {"scores": str(tmp_path / "scores"), "policy": "budget(detector='random', drop=0.2)"}
+    with pytest.raises(InputError, match="was another --uid used"):
+        filter_shards(str(tmp_path / "in"), str(tmp_path / "out"), uid="shard/key", **arguments)
+
+
+def test_another_pool_is_another_score(poisoned, tmp_path):
+    """Scores of one shard, made before the others had embeddings, are not believed afterwards."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "emb").mkdir()
+    shards = list_shards(str(poisoned))
+    for shard in shards:
+        who = uids(shard)
+        image, text = (rng.normal(size=(len(who), 8)).astype(np.float16) for _ in range(2))
+        write_embeddings(str(tmp_path / f"emb/{shard.name}.embeddings.parquet"), who, image, text, "m")
+    options = {"detector": ("kdist(k=4)",), "embeddings": str(tmp_path / "emb"), "pool": 20}
+    (tmp_path / "one.txt").write_text("\n".join(s.path for s in shards))
+    score(str(poisoned), str(tmp_path / "a"), **options)
+    score(str(poisoned), str(tmp_path / "b"), **options | {"seed": 1})
+    score(str(poisoned), str(tmp_path / "b"), **options)
+    for shard in shards:
+        a, b = (read_scores(str(tmp_path / f"{d}/{shard.name}.scores.parquet")) for d in "ab")
+        assert np.array_equal(a["kdist(k=4)"], b["kdist(k=4)"])
+
+
+def test_null_embeddings_stay_in_their_row(tmp_path):
+    import pyarrow as pa
+
+    from pipeline.embed import read_embeddings
+    from pipeline.sidecars import save
+
+    rows = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float16(), 2))
+    table = pa.table({"uid": ["a", "b", "c"], "image": rows, "text": rows})
+    path = str(tmp_path / "0.embeddings.parquet")
+    save(path, table.replace_schema_metadata({"mithridate": json.dumps({"model": "m"})}))
+    found = read_embeddings(path).image
+    assert np.isnan(found[1]).all()
+    assert found[[0, 2]].tolist() == [[1, 2], [3, 4]]

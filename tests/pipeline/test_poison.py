@@ -216,3 +216,32 @@ def test_five_sigkills_and_the_output_is_the_same_bytes(tmp_path):
         assert contents(torn, pattern) == contents(tmp_path / "whole", pattern)
     names = [sorted(p.name for p in folder.iterdir()) for folder in (torn, tmp_path / "whole")]
     assert names[0] == names[1]
+
+
+def test_a_broken_first_victim_gives_way_to_the_next(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = pairs(0, 30)
+    write_tar(tmp_path / "in/0.tar", rows)
+    poison(str(tmp_path / "in"), str(tmp_path / "a"), attack="targeted(target='banana')", dose="4")
+    victim = (tmp_path / "a/victim.image").read_bytes()
+    for row in rows:
+        row["image"] = row["image"][:50] if row["image"] == victim else row["image"]
+    write_tar(tmp_path / "in/0.tar", rows)
+    poison(str(tmp_path / "in"), str(tmp_path / "b"), attack="targeted(target='banana')", dose="4")
+    assert (tmp_path / "b/victim.image").read_bytes() in {r["image"] for r in rows} - {victim}
+    assert len(ledger(tmp_path / "b")) == 4
+
+
+def test_shards_of_another_input_in_out_are_refused(tars, tmp_path):
+    out = str(tmp_path / "out")
+    poison(str(tars), out, attack=PATCH, dose="5")
+    with pytest.raises(InputError, match="holds shards of another input"):
+        poison(str(tars / "00000001.tar"), out, attack=PATCH, dose="2")
+
+
+def test_a_damaged_plan_is_made_again(tars, tmp_path):
+    for damage in ("", "[]", '{"key": 3}', "\x00"):
+        poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
+        (tmp_path / "out/plan.json").write_text(damage)
+    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
+    assert len(ledger(tmp_path / "out")) == 5

@@ -153,6 +153,7 @@ def _member(name, data=b"x", **fields):
         (_member("1.pkl"), "executed"),
         (_member("1.pickle"), "executed"),
         (_member("1.weights.pth"), "executed"),
+        (_member("1.pyd.gz"), "executed"),
         (_member("1.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "link"),
         (_member("1.jpg", b"", type=tarfile.LNKTYPE, linkname="other"), "link"),
         (_member("1.jpg", b"", type=tarfile.CHRTYPE), "device"),
@@ -187,6 +188,31 @@ def test_damage_is_named_with_its_place(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=says):
             list(samples(Shard(str(path))))
+
+
+def test_a_negative_size_and_data_behind_the_end_are_refused(tmp_path):
+    path = tmp_path / "0.tar"
+    whole = bytearray(write_tar(path, pairs(0, 2)).read_bytes())
+    header = whole[:512]
+    header[124:136] = b"-0000001000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + bytes(whole[512:]))
+    with pytest.raises(InputError, match=r"0\.tar"):
+        list(samples(Shard(str(path))))
+    path.write_bytes(bytes(whole) + bytes(whole))
+    with pytest.raises(InputError, match="behind the end"):
+        list(samples(Shard(str(path))))
+
+
+def test_a_uid_is_32_hex_digits_or_it_is_derived(tmp_path):
+    rows = pairs(0, 4)
+    odd = ["0x" + "0" * 30, "１" * 32, "f_" * 16, "A" * 32]
+    for row, uid in zip(rows, odd, strict=True):
+        row["meta"]["uid"] = uid
+    found = uids(Shard(str(write_tar(tmp_path / "0.tar", rows))))
+    assert found[3] == "a" * 32
+    assert not set(odd) & set(found)
 
 
 def test_bad_samples_are_rejected_one_by_one(tmp_path):
