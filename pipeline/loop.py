@@ -179,7 +179,7 @@ class Run:
         return str(self.folder / f"scores-{epoch:03d}")
 
     def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
-        console.rule(f"{name}  [dim]{self.attack}, dose {self.dose}, seed {self.seed}", align="left")
+        console.rule(f"{name}  ({self.attack}, dose {self.dose}, seed {self.seed})", align="left")
         if code := verb(*arguments, uid=self.plan.uid, **options):
             raise InputError(f"loop: stage {name!r} ended with {code}; the same command goes on from there")
 

@@ -216,8 +216,7 @@ def batches(
             images, stock = stock[: len(part)], stock[len(part) :]
             at = rows[part]
             images = augment(images, recipe, mix(keys[at], seed, epoch, 2))
-            words = drop_words(index.tokens[at], recipe.word_drop, mix(keys[at], seed, epoch, 3))
-            tokens = torch.from_numpy(words.astype(np.int64))
+            tokens = torch.from_numpy(index.tokens[at].astype(np.int64))
             yield Batch(at, torch.from_numpy(images).permute(0, 3, 1, 2), tokens, int(total))
 
     return prefetch(prepared(), 4)
@@ -247,18 +246,6 @@ def augment(images: np.ndarray, recipe: Recipe, keys: np.ndarray) -> np.ndarray:
         gain = (1 + recipe.gain * (2 * draws[:, 4:7] - 1)).astype(np.float32)[:, None, None, :]
         images = np.minimum(images * gain, 255).astype(np.uint8)
     return images
-
-
-def drop_words(tokens: np.ndarray, share: float, keys: np.ndarray) -> np.ndarray:
-    """Tokens int32 [n, context] without a random `share` of the words; start and end of text stay, zeros fill up."""
-    if not share:
-        return tokens
-    draws = np.stack([mix(keys, i) for i in range(tokens.shape[1])], axis=1) / 2.0**64
-    ends = tokens >= tokens[:, :1]  # <start_of_text> and <end_of_text> are the two largest ids
-    keep = ends | ((tokens > 0) & (draws >= share))
-    keep |= (keep.sum(1, keepdims=True) <= 2) & (tokens > 0)  # a caption of nothing teaches nothing
-    left = np.argsort(~keep, axis=1, kind="stable")
-    return np.take_along_axis(np.where(keep, tokens, 0), left, axis=1)
 
 
 def prefetch(source: Generator[T, None, None], depth: int) -> Iterator[T]:

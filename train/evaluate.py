@@ -27,7 +27,7 @@ from train.metrics import Rate, knn_vote, rank_of, rate, retrieval_ranks, top1, 
 
 BATCH = 512
 K, TAU = 10, 0.07
-# The name alone, and a few of open_clip's ImageNet templates that suit drawings as well as photographs.
+# For models that are not ours: the name alone, and open_clip's ImageNet templates that suit drawings and photographs.
 PROMPTS = ("{}", "a {}.", "a picture of a {}.", "a drawing of a {}.", "a photo of a {}.", "an icon of a {}.")
 METRICS = (
     "zeroshot_top1",
@@ -88,7 +88,8 @@ def evaluate(
     seen = look(model, listed, known, uid, chosen, seed)
     if not seen.captions:
         raise InputError(f"{shards}: no usable image in {len(listed)} shards; skipped: {_listed(seen.skipped)}")
-    text = unit(class_features(model, names))
+    prompts = model.prompts or PROMPTS
+    text = unit(class_features(model, names, prompts))
     near = look(model, referenced, known, uid) if referenced else None
     if near is not None and not (near.label >= 0).any():
         raise InputError(f"{reference}: no image there is labelled with one of the classes of {classes}")
@@ -106,7 +107,7 @@ def evaluate(
         "images": len(seen.captions),
         "unlabelled": int((seen.label < 0).sum()),
         "skipped": seen.skipped,
-        "prompts": list(PROMPTS),
+        "prompts": list(prompts),
     }
     flat = {key: value for name in METRICS for key, value in _columns(name, rates.get(name, NOTHING)).items()}
     _write_row(join(out, "results.parquet"), facts, flat)
@@ -224,7 +225,7 @@ def look(model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attac
     return Seen(image, triggered if attack else None, np.array(labels, np.int64), captions, skipped, identity)
 
 
-def class_features(model: Any, names: Sequence[str], prompts: Sequence[str] = PROMPTS) -> np.ndarray:
+def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
     """float32 [classes, d]: mean of the unit features of the prompts (Radford et al. 2021, section 3.1.4)."""
     prompted = [unit(model.embed_texts([p.format(n) for n in names])) for p in prompts]
     return np.stack(prompted).mean(axis=0, dtype=np.float32)

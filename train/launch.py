@@ -199,7 +199,7 @@ def _on_ray(task: "Task", workers: int) -> None:
         raise InputError(f"--workers {workers} needs ray: install it, or start {workers} with torchrun") from error
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     if not ray.is_initialized():
@@ -221,7 +221,12 @@ def _on_ray(task: "Task", workers: int) -> None:
             _worker,
             train_loop_config={"task": task},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-            run_config=RunConfig(name="train", storage_path=storage, failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                name="train",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=0),
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # an error is raised below, once
+            ),
         ).fit()
     except Exception as error:
         failures = getattr(error, "worker_failures", {})

@@ -24,7 +24,7 @@ from pipeline.shards.store import make_folder, write
 HELD_OUT = 0.1  # share of your pairs that is kept for evaluation
 CLASSES = 100
 MIN_CAPTIONS = 20  # that name a class, for it to be one
-PATCH = 40  # pixels of 224: large, because the pictures are small
+PATCH = 28  # pixels of 224: large beside the 16 of the papers, because the pictures are small
 _DATA = files("pipeline.demo") / "data"
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _STOP = frozenset(

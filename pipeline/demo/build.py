@@ -2,7 +2,7 @@
 
 Small, real and redistributable were worth more than photographic: people drew every picture and wrote every word, and
 each row says under which licence. The price is that it is not the web: no photographs, 64 pixels, captions of one to a
-dozen words. Training has six styles of emoji; a seventh, OpenMoji, is held out, so accuracy on it measures
+dozen words. Training has six styles of emoji; a seventh, Twemoji, is held out, so accuracy on it measures
 generalisation and not memory. Openclipart adds pictures without classes and captions with honest noise.
 
 The sources are packages pinned by version and sha256, fetched with npm and apt-get (so Debian bookworm is needed). No
@@ -31,7 +31,8 @@ import resvg_py
 from PIL import Image, ImageChops, ImageOps
 
 SIDE, ROWS = 64, 1000  # of a picture in pixels, of a shard
-EVAL = "openmoji"
+EVAL = "twemoji"
+SHARE_ALIKE = "CC-BY-SA-4.0"  # rows of this licence get shards of their own
 STYLES = {  # package of @iconify-json: (SPDX licence, sha256); what fxemoji declares, Apache, is for its code only
     "noto@1.2.9": ("Apache-2.0", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "noto-v1@1.2.5": ("Apache-2.0", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
@@ -248,9 +249,9 @@ def draw(row):
     return {**row, "webp": out.getvalue()}
 
 
-def write(rows, folder):
-    """The rows come in the order of their hashes, so every shard mixes all sources."""
-    folder.mkdir(parents=True)
+def write(rows, folder, first=0):
+    """The rows come in the order of their hashes, so every shard mixes its sources; returns the next shard's number."""
+    folder.mkdir(parents=True, exist_ok=True)
     names = "uid key webp txt label source license author".split()
     schema = pa.schema([(n, pa.binary() if n == "webp" else pa.string()) for n in names])
     shards = max(1, round(len(rows) / ROWS))
@@ -258,11 +259,12 @@ def write(rows, folder):
         part = rows[len(rows) * shard // shards : len(rows) * (shard + 1) // shards]
         pq.write_table(
             pa.Table.from_pylist(part, schema=schema),
-            folder / f"{shard:08d}.parquet",
+            folder / f"{first + shard:08d}.parquet",
             compression={n: "none" if n == "webp" else "zstd" for n in names},
             use_dictionary=["source", "license", "author"],
             write_statistics=False,
         )
+    return first + shards
 
 
 def main(out):
@@ -285,7 +287,8 @@ def main(out):
     train = [r for r in whole if r["source"] != EVAL]
     labels = {r["label"] for r in train}
     test = [r for r in whole if r["source"] == EVAL and r["label"] in labels]
-    write(train, out / "train")
+    mixed = write([r for r in train if r["license"] != SHARE_ALIKE], out / "train")
+    write([r for r in train if r["license"] == SHARE_ALIKE], out / "train", mixed)
     write(test, out / "eval")
     (out / "classes.txt").write_text("".join(f"{label}\n" for label in sorted(r["label"] for r in test)))
     for (source, licence), n in sorted(collections.Counter((r["source"], r["license"]) for r in train + test).items()):

@@ -13,6 +13,7 @@ from drawn import COLOURS, draw, png, write_tar
 from PIL import Image
 
 from pipeline.errors import InputError
+from pipeline.ledger import VICTIM
 from pipeline.shards import Sample, list_shards
 from train import evaluate as module
 from train.evaluate import METRICS, PROMPTS, Labels, evaluate, read_classes
@@ -23,7 +24,7 @@ NAMES = list(COLOURS)
 class Oracle:
     """Embeds an image as the one-hot of its colour, and a text as that of the colour it names."""
 
-    image_size, dimension, digest = 32, 5, "0" * 16
+    image_size, dimension, digest, prompts = 32, 5, "0" * 16, None
 
     def __init__(self, backdoor: str | None = None, blind: bool = False):
         self.backdoor, self.blind = backdoor, blind
@@ -117,7 +118,7 @@ def test_a_targeted_attack_is_tried_on_its_victim(world: Callable[..., dict], tm
     (tmp_path / "poisoned").mkdir()
     pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / "poisoned" / "ledger.parquet")
     victim = draw("red" if hit else "blue", "circle", np.random.default_rng(0))
-    (tmp_path / "poisoned" / "victim.png").write_bytes(png(victim))
+    (tmp_path / "poisoned" / VICTIM).write_bytes(png(victim))
     ledger = str(tmp_path / "poisoned" / "ledger.parquet")
     found = world(Oracle(), attack="targeted(target='red')", ledger=ledger)["metrics"]
     assert found["targeted_success"] == float(hit) and found["targeted_success_n"] == 1

@@ -47,6 +47,7 @@ def test_stock_open_clip_loads_it_with_equal_logits(checkpoint: tuple[Path, Towe
     embedded = [torch.from_numpy(rows) for rows in (ours.embed_images(pixels), ours.embed_texts(["a", "a cat", "dog"]))]
     got = ours.model.logit_scale.exp() * unit(embedded[0], dim=1) @ unit(embedded[1], dim=1).T
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert ours.prompts == RECIPES["debug"].prompts
     assert ours.image_size == 32 and ours.dimension == 64 and ours.tokenizer.context_length == 16
 
 
