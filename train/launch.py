@@ -155,14 +155,14 @@ def _nothing() -> Iterator[None]:
 
 
 def _claim(task: "Task") -> None:
-    """Folders, and the spec that says whose they are; what killed runs left is removed."""
+    """The spec that says whose the folder is, first; then the folders. What killed runs left is removed."""
+    write(join(task.out, "spec.json"), json.dumps(task.spec, indent=1).encode())
     for folder in ("traces", "checkpoints"):
         make_folder(join(task.out, folder))
         clear_temporaries(join(task.out, folder))
     clear_temporaries(task.out)
     for leftover in Path(task.out, "checkpoints").glob(".*.tmp"):
         shutil.rmtree(leftover)
-    write(join(task.out, "spec.json"), json.dumps(task.spec, indent=1).encode())
 
 
 def _here(task: "Task") -> None:
@@ -221,7 +221,7 @@ def _on_ray(task: "Task", workers: int) -> None:
             _worker,
             train_loop_config={"task": task},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train V1
                 name="train",
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=0),

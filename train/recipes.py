@@ -108,7 +108,7 @@ RECIPES: dict[str, Recipe] = {
         checkpoints=(4, 8),
     ),
     "demo": Recipe(
-        summary="ResNet, 64 px, for the embedded data: 12k pairs in about 75 seconds on two idle cores",
+        summary="ResNet, 64 px, for the embedded data: 12k pairs in 90 seconds on two idle cores",
         model=_clip(
             {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}, embed=256, width=128, layers=1, context=12
         ),

@@ -239,6 +239,7 @@ def test_killed_and_resumed_gives_the_same_weights(finished: Path, shapes: Calla
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.timeout(600)  # alone on two cores 30 s; Ray starts slowly on a busy machine
 def test_two_ray_workers_have_the_curve_of_one(shapes: Callable[..., Path], tmp_path: Path) -> None:
     """ViT has no batch statistics, so only bf16 and the order of sums differ."""
     shards = shapes(128, 4)
