@@ -4,6 +4,7 @@ Only the module of the verb that was asked for is imported, so `--help` answers 
 """
 
 import importlib
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -48,6 +49,7 @@ def run(verb: str, arguments: list[str] | None = None) -> None:
     """
     import tyro
 
+    signal.signal(signal.SIGTERM, _as_interrupt)  # what schedulers send
     module, name = VERBS[verb][0].split(":")
     function = getattr(importlib.import_module(module), name)
     try:
@@ -62,6 +64,10 @@ def run(verb: str, arguments: list[str] | None = None) -> None:
         print(f"mithridate {verb}: interrupted; what is written is whole, the same command goes on", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def version_text() -> str:

@@ -18,7 +18,7 @@ from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.score import read_scores, scores_path
-from pipeline.shard_map import Job, locked, shard_map
+from pipeline.shard_map import Job, check_made_from, locked, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
 from pipeline.shards.store import absolute, exists, join, make_folder, stamp, view, whole, write
 
@@ -100,7 +100,10 @@ class _Filter:
 
         counts = rewrite(shard, join(out, "kept"), keep, self.uid)
         if reasons and drops.keys().isdisjoint(reasons):
-            raise InputError(f"{self.scores}: no uid of {shard.path} has a score; was another --uid used?")
+            raise InputError(
+                f"{self.scores}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
+            )
+        check_made_from(self.scores, shard, counts.input_sha256, "run `mithridate score` on them")
         rewrite(shard, join(out, "quarantine"), quarantine, self.uid)
         counts.reasons = dict(collections.Counter(why for why in reasons.values() if why))
         part = f"{shard.name}.keep.parquet"

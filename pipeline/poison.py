@@ -154,7 +154,8 @@ class _Survey:
 
     read: int = 0
     eligible: int = 0
-    rejected: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> pairs
+    example: str = ""  # one of them: reason, key and shard
     smallest: list[_Candidate] = field(default_factory=list)
     captions: list[tuple[int, str]] = field(default_factory=list)  # hash, caption
 
@@ -181,10 +182,11 @@ def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid
     if n > total.eligible:
         raise InputError(
             f"dose {dose.text} is {n} pairs, but only {total.eligible} of {total.read} are eligible "
-            f"({total.rejected} unusable, the others name {attack.target!r} already); lower --dose"
+            f"({sum(total.rejected.values())} unusable, the others name {attack.target!r} already); lower --dose"
         )
     if total.rejected:
-        console.print(f"{total.rejected:,} pairs have no usable image or caption: they are copied as they are")
+        why = "; ".join(f"{n:,} x {reason}" for reason, n in sorted(total.rejected.items()))
+        console.print(f"unusable pairs, copied as they are: {why}; for one, {total.example}")
     chosen, victim = _usable(shards, total.smallest, n, uid)
     captions = [caption for _, caption in total.captions]
     if not captions:
@@ -223,7 +225,9 @@ def _survey(shards: list[Shard], attack: Any, dose: Dose, seed: int, uid: UidRul
             continue
         total.read += found.read
         total.eligible += found.eligible
-        total.rejected += found.rejected
+        for reason, n in found.rejected.items():
+            total.rejected[reason] = total.rejected.get(reason, 0) + n
+        total.example = min(filter(None, (total.example, found.example)), default="")
         total.smallest += found.smallest
         total.captions = heapq.nsmallest(CAPTIONS, total.captions + found.captions)
         if len(found.smallest) < found.eligible:
@@ -258,8 +262,9 @@ class _Surveyor:
             found.read += 1
             try:
                 caption, _ = sample.caption, sample.image_suffix
-            except Rejected:
-                found.rejected += 1
+            except Rejected as error:
+                found.rejected[str(error)] = found.rejected.get(str(error), 0) + 1
+                found.example = found.example or f"{sample.key} in {shard.file}"
                 continue
             if names_target(caption, target):
                 found.captions.append((hash64(self.seed, "caption", sample.uid), caption))
@@ -284,7 +289,8 @@ def _usable(
         chosen = [(shard, who) for _, shard, who in candidates if who not in broken][:n]
         if len(chosen) < n:
             raise InputError(
-                f"{len(broken)} of the chosen images cannot be decoded and no candidates are left; lower --dose"
+                f"{len(broken)} of the chosen images cannot be decoded (uid {min(broken)}) and no candidates are left; "
+                "lower --dose"
             )
         first = chosen[0][1] if chosen else ""
         unchecked: dict[str, set[str]] = {}

@@ -21,10 +21,10 @@ from pipeline.embed import embeddings_path, read_embeddings
 from pipeline.errors import InputError
 from pipeline.ledger import beside, poisoned_uids
 from pipeline.progress import console
-from pipeline.shard_map import Job, each, shard_map
+from pipeline.shard_map import Job, check_made_from, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, uids
 from pipeline.shards.sample import check_unique
-from pipeline.shards.store import absolute, glob, join, stamp
+from pipeline.shards.store import absolute, glob, join, stamp, view
 
 
 def score(
@@ -123,8 +123,11 @@ class _Score:
     facts: dict[str, Any]
 
     def __call__(self, shard: Shard, out: str, pool: Batch | None, known: set[str] | None) -> Counts:
+        sha256 = hashlib.sha256(view(shard.path)).hexdigest()
+        if self.embeddings:
+            check_made_from(self.embeddings, shard, sha256, "run `mithridate embed` on them")
         batch = self._batch(shard, known)
-        counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet")
+        counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
         columns: dict[str, np.ndarray] = {}
         unscored: dict[str, int] = {}
         for entry in self.entries:
@@ -143,7 +146,9 @@ class _Score:
             found = read_embeddings(embeddings_path(self.embeddings, shard.name))
             rows = _join(who, found.uid)
             if who and (rows < 0).all():
-                raise InputError(f"{self.embeddings}: no uid of {shard.path} is here; was another --uid used?")
+                raise InputError(
+                    f"{self.embeddings}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
+                )
             joined["image_embedding"] = _take(found.image, rows)
             joined["text_embedding"] = _take(found.text, rows)
         if self.traces:

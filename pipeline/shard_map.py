@@ -138,6 +138,19 @@ def shard_map(
     return [markers[s.name] for s in shards]
 
 
+def check_made_from(folder: str, shard: Shard, sha256: str, remedy: str) -> None:
+    """A poisoned shard has the uids of the clean one: a sidecar must be of these bytes, which its marker tells."""
+    path = marker_path(folder, shard)
+    if not exists(path):
+        return  # made by another's tool
+    try:
+        made_from = json.loads(bytes(view(path)))["input_sha256"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if made_from != sha256:
+        raise InputError(f"{folder}: made from other bytes than those of {shard.path}; {remedy}")
+
+
 def _refuse_strangers(job: Job, shards: Sequence[Shard]) -> None:
     """Shards of an earlier run over other input would be read by the next stage as if they were of this one."""
     own = {marker_path(job.out, shard) for shard in shards}
@@ -242,4 +255,9 @@ def _ray() -> Any:
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         except ValueError:  # a running cluster takes no settings of its own
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
+            why = str(error).splitlines()[0][:200]
+            raise InputError(
+                f"Ray did not start ({why}); run the same command again when the machine is less busy"
+            ) from error
     return ray

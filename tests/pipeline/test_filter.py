@@ -202,7 +202,7 @@ def test_scores_by_another_uid_rule_are_refused(tmp_path):
     write_tar(tmp_path / "in/0.tar", [{**s, "meta": {}} for s in pairs(0, 20)])
     score(str(tmp_path / "in"), str(tmp_path / "scores"), detector=("random",))
     arguments = {"scores": str(tmp_path / "scores"), "policy": "budget(detector='random', drop=0.2)"}
-    with pytest.raises(InputError, match="was another --uid used"):
+    with pytest.raises(InputError, match="of another --uid"):
         filter_shards(str(tmp_path / "in"), str(tmp_path / "out"), uid="shard/key", **arguments)
 
 
@@ -238,3 +238,11 @@ def test_null_embeddings_stay_in_their_row(tmp_path):
     found = read_embeddings(path).image
     assert np.isnan(found[1]).all()
     assert found[[0, 2]].tolist() == [[1, 2], [3, 4]]
+
+
+def test_scores_and_embeddings_of_other_bytes_are_refused(tars, poisoned, tmp_path):
+    """A poisoned shard has the uids of the clean one, so uids alone would let stale sidecars through."""
+    score(str(poisoned), str(tmp_path / "scores"), detector=("random",))
+    arguments = {"scores": str(tmp_path / "scores"), "policy": "budget(detector='random', drop=0.2)"}
+    with pytest.raises(InputError, match="made from other bytes"):
+        filter_shards(str(tars), str(tmp_path / "out"), **arguments)
