@@ -21,7 +21,7 @@ def list_entries(kind: Literal["attacks", "detectors", "defenses", "audits", "po
         from train.recipes import RECIPES
 
         for name, recipe in RECIPES.items():
-            parameters = ", ".join(f"{k}={getattr(recipe, k)}" for k in ("image_size", "batch", "epochs", "lr"))
+            parameters = ", ".join(f"{k}={getattr(recipe, k)}" for k in ("image_size", "batch", "epochs", "lr", "checkpoints"))
             rows.append((name, recipe.summary, parameters))
     else:
         for name in names(kind):
