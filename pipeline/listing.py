@@ -20,9 +20,10 @@ def list_entries(kind: Literal["attacks", "detectors", "defenses", "audits", "po
     if kind == "recipes":
         from train.recipes import RECIPES
 
-        for name, recipe in RECIPES.items():
-            parameters = ", ".join(f"{k}={getattr(recipe, k)}" for k in ("image_size", "batch", "epochs", "lr", "checkpoints"))
-            rows.append((name, recipe.summary, parameters))
+        for recipe_name, recipe in RECIPES.items():
+            shown = ("image_size", "batch", "epochs", "lr", "checkpoints")
+            parameters = ", ".join(f"{name}={getattr(recipe, name)}" for name in shown)
+            rows.append((recipe_name, recipe.summary, parameters))
     else:
         for name in names(kind):
             cls = entry(kind, name)

@@ -12,6 +12,9 @@ from pipeline.demo import demo
 from pipeline.errors import InputError
 
 
+pytestmark = pytest.mark.timeout(900)  # the fixture trains four models
+
+
 @pytest.fixture(scope="module")
 def circle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("circle")
