@@ -11,7 +11,6 @@ from conftest import pairs, write_tar
 from pipeline.demo import demo
 from pipeline.errors import InputError
 
-
 pytestmark = pytest.mark.timeout(900)  # the fixture trains four models
 
 
