@@ -119,6 +119,8 @@ def shard_map(
         _refuse_strangers(job, shards)
         markers = {s.name: m for s in shards if (m := _marker(job, s))}
         todo = [s for s in shards if s.name not in markers]
+        if stale := sum(exists(marker_path(job.out, shard)) for shard in todo):
+            console.print(f"{job.name}: {stale} shards there are of another spec, code or input and are made again")
         if len(todo) < len(shards):
             console.print(f"{job.name}: {len(shards) - len(todo)} of {len(shards)} shards are done already")
         failures: list[str] = []
