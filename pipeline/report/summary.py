@@ -64,7 +64,7 @@ def _sentences(arms: Rows) -> str:
     )
     if undefended < VALID_ASR:
         return f"{start} Below {VALID_ASR:.0%} the attack is not valid: no filter is credited for its failure."
-    filters = {name: rate for name, rate in asr.items() if name.split("(")[0] not in ("undefended", *CONTROLS)}
+    filters = {name: rate for name, rate in asr.items() if not name.startswith(("undefended", *CONTROLS))}
     if not filters:
         return start
     best = min(filters, key=lambda name: filters[name])

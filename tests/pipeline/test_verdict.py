@@ -1,0 +1,27 @@
+"""The sentence on top of the report: no control is called a filter, no invalid attack credits one."""
+
+from pipeline.report.summary import verdict
+
+
+def arm(name: str, asr: float, when: str | None = "epoch 4") -> dict:
+    return {
+        "attack": "patch(target='banana')",
+        "dose": 354,
+        "dose_ppm": 29_997.0,
+        "arm": name,
+        "when": when,
+        "asr_text": asr,
+        "targeted_success": None,
+        "zeroshot_top1": 0.2,
+    }
+
+
+def test_the_best_filter_is_no_control():
+    said = verdict([arm("undefended", 0.9, None), arm("random", 0.88), arm("oracle", 0.0), arm("slof", 0.7)])
+    assert "best filter here, slof at epoch 4, leaves 70.0%; random removal leaves 88.0%" in said
+
+
+def test_below_the_floor_nobody_is_credited():
+    said = verdict([arm("undefended", 0.3, None), arm("slof", 0.0)])
+    assert "not valid" in said
+    assert "best filter" not in said
