@@ -16,10 +16,14 @@ def read(path: str, columns: tuple[str, ...], remedy: str, filters: Any = None) 
     try:
         table = pq.read_table(pa.BufferReader(pa.py_buffer(view(path))), filters=filters)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file; {remedy}") from error
+        raise broken(path, remedy) from error
     if missing := [name for name in columns if name not in table.column_names]:
         raise InputError(f"{path}: no column {', '.join(missing)}; {remedy}")
     return table
+
+
+def broken(path: str, remedy: str) -> InputError:
+    return InputError(f"{path}: not a readable parquet file of its kind; {remedy}")
 
 
 def save(path: str, table: Any, **options: Any) -> None:

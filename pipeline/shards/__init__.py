@@ -10,10 +10,24 @@ One rewriter serves poisoning and filtering alike: what an edit returns unchange
 from collections.abc import Callable, Iterator
 
 from pipeline.shards import parquet, tar
+from pipeline.shards.manifest import Manifest
 from pipeline.shards.sample import Counts, Rejected, Sample, UidRule
 from pipeline.shards.store import Shard, list_shards
 
-__all__ = ["Counts", "Rejected", "Sample", "Shard", "UidRule", "list_shards", "rewrite", "samples", "uids"]
+__all__ = [
+    "Counts",
+    "Manifest",
+    "Rejected",
+    "Sample",
+    "Shard",
+    "UidRule",
+    "intact",
+    "list_shards",
+    "manifest",
+    "rewrite",
+    "samples",
+    "uids",
+]
 
 _FORMATS = {"tar": tar, "parquet": parquet}
 
@@ -26,15 +40,28 @@ def samples(shard: Shard, uid: UidRule = "key") -> Iterator[Sample]:
     return _FORMATS[shard.format].samples(shard, uid)
 
 
-def rewrite(shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule = "key") -> Counts:
-    """Write `out/<shard file name>` with every sample passed through `edit`; absent or whole.
+def rewrite(
+    shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule = "key", dropped: str | None = None
+) -> Counts:
+    """Write `out/<name>.tar|parquet` with every sample passed through `edit`, and its manifest; absent or whole.
 
     `edit` returns the sample itself (copied byte for byte), a changed copy (only the changed parts are written anew)
-    or None (dropped). An emptied shard is still written. Returns what happened, with both files' sha256.
+    or None (dropped, or written to the folder `dropped` in the same way). An emptied shard is still written. Returns
+    what happened, with both shards' sha256 as their manifests have it.
     """
-    return _FORMATS[shard.format].rewrite(shard, out, edit, uid)
+    return _FORMATS[shard.format].rewrite(shard, out, edit, uid, dropped)
 
 
 def uids(shard: Shard, uid: UidRule = "key") -> list[str]:
     """The uids of a shard in file order, without reading images."""
     return _FORMATS[shard.format].uids(shard, uid)
+
+
+def manifest(shard: Shard, uid: UidRule = "key") -> Manifest:
+    """What every byte of the shard hashes to, each hashed once."""
+    return _FORMATS[shard.format].manifest(shard, uid)
+
+
+def intact(shard: Shard, known: Manifest) -> bool:
+    """Whether every byte of the shard is as `known` has it."""
+    return _FORMATS[shard.format].intact(shard, known)

@@ -37,11 +37,16 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return self.file.rsplit(".", 1)[0]
+        return self.file.removesuffix(".gz").rsplit(".", 1)[0]
 
     @property
     def format(self) -> str:
-        return self.file.rsplit(".", 1)[-1]
+        return self.file.removesuffix(".gz").rsplit(".", 1)[-1]
+
+    @property
+    def output(self) -> str:
+        """The file name of what is made of it: compressed tars are read, never written."""
+        return f"{self.name}.{self.format}"
 
 
 def list_shards(where: str) -> list[Shard]:

@@ -1,0 +1,86 @@
+"""A local file as memory that a read error cannot kill, and whose pages do not pile up.
+
+A mapping reads at the speed of the page cache without a copy (4% over hashing alone, where `read` costs 9%), but a
+broken disk shows itself as SIGBUS, and every page touched counts as the process's own. So each window is populated
+before it is touched (an error then is an OSError), and what lies far behind is given back.
+"""
+
+import errno
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import InputError
+
+WINDOW = 1024**2  # larger ones fall out of the second-level cache between hashing and writing
+BEHIND = 32 * WINDOW  # pages kept behind the reader
+_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+
+
+class Mapping:
+    """`view[start:end]` are bytes of the file; call `reach(end)` before touching them, with rising ends."""
+
+    def __init__(self, path: str, view: memoryview):
+        self.path, self.view = path, view
+        self.size = len(view)
+        self._file = view.obj if isinstance(view.obj, mmap.mmap) else None
+        self._given_back = 0
+
+    def reach(self, end: int, reached: int) -> int:
+        """Make the bytes up to `end` safe to touch, of which `reached` are already; returns how far it went."""
+        goal = min(max(end, reached + WINDOW), self.size)
+        if self._file is not None and goal > reached:
+            first = reached // mmap.PAGESIZE * mmap.PAGESIZE
+            try:
+                self._file.madvise(_POPULATE_READ, first, goal - first)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a kernel without it: the page fault does the same work
+                    raise InputError(f"{self.path}: cannot be read around byte {first} ({error.strerror})") from error
+            if first - self._given_back > 2 * BEHIND:
+                self._file.madvise(mmap.MADV_DONTNEED, self._given_back, BEHIND)
+                self._given_back += BEHIND
+        return goal
+
+
+def read_ahead(file: Mapping, starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, memoryview, int, int]]:
+    """`(base, bytes from base on, first, last)`: the ranges first..last of the file, read while the last are in use.
+
+    The ranges ascend. Reading in a thread hides the disk, and of the page cache even the copy (5% of the hash); the
+    bytes are overwritten when the next but one are asked for.
+    """
+    plan, first = [], 0
+    while first < len(starts):
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + WINDOW, "right")))
+        plan.append((int(starts[first]), int(ends[last - 1] - starts[first]), first, last))
+        first = last
+    free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    full: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for _ in range(3):
+        free.put(bytearray(WINDOW))
+
+    def read() -> None:
+        try:
+            with Path(file.path).open("rb", buffering=0) as source:
+                for base, size, *_ in plan:
+                    buffer = free.get()
+                    if size > len(buffer):
+                        buffer = bytearray(size)
+                    if os.preadv(source.fileno(), [memoryview(buffer)[:size]], base) != size:
+                        raise OSError(errno.EIO, f"file ends before byte {base + size}")
+                    full.put(buffer)
+        except OSError as error:
+            full.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    for base, size, first, last in plan:
+        buffer = full.get()
+        if isinstance(buffer, OSError):
+            raise InputError(f"{file.path}: cannot be read around byte {base} ({buffer.strerror})")
+        yield base, memoryview(buffer)[:size], first, last
+        free.put(buffer)
