@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline import ledger, sidecars, spec
 from pipeline.arguments import Out, Shards
+from pipeline.dataset import Row, describe, write_stats
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.score import read_scores, scores_path
@@ -25,7 +26,9 @@ from pipeline.shards.store import absolute, exists, join, make_folder, stamp, vi
 AT_ONCE = 4_000_000  # uids sorted in memory
 
 
-def filter_shards(shards: Shards, out: Out, /, *, scores: str, policy: str, uid: UidRule = "key") -> int:
+def filter_shards(
+    shards: Shards, out: Out, /, *, scores: str, policy: str, uid: UidRule = "key", max_failed_shards: int = 0
+) -> int:
     """Split SHARDS into OUT/kept and OUT/quarantine; untouched bytes, one output shard per input shard.
 
     Args:
@@ -34,6 +37,7 @@ def filter_shards(shards: Shards, out: Out, /, *, scores: str, policy: str, uid:
         scores: folder that `mithridate score` wrote for these shards.
         policy: e.g. "budget(detector='slof', drop=0.1)"; see `mithridate list policies`.
         uid: how a uid is derived where samples carry none; the same as in the steps before.
+        max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
     listed, out, scores = list_shards(shards), absolute(out), absolute(scores)
     entry = spec.parse("policies", policy)
@@ -42,11 +46,13 @@ def filter_shards(shards: Shards, out: Out, /, *, scores: str, policy: str, uid:
         return (read_scores(scores_path(scores, shard.name)) for shard in listed)
 
     with locked(out):
-        _filter(listed, out, scores, entry, entry.fit(passes), uid)
+        _filter(listed, out, scores, entry, entry.fit(passes), uid, max_failed_shards)
     return 0
 
 
-def _filter(shards: list[Shard], out: str, scores: str, policy: Any, fitted: Any, uid: UidRule) -> None:
+def _filter(
+    shards: list[Shard], out: str, scores: str, policy: Any, fitted: Any, uid: UidRule, max_failed: int
+) -> None:
     kept, quarantine = join(out, "kept"), join(out, "quarantine")
     make_folder(kept)
     make_folder(quarantine)
@@ -55,20 +61,40 @@ def _filter(shards: list[Shard], out: str, scores: str, policy: Any, fitted: Any
     facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
     facts["scores"] = spec.digest([stamp(scores_path(scores, shard.name)) for shard in shards])
     facts["ledger"] = hashlib.sha256(view(source)).hexdigest() if known is not None else ""
-    markers = shard_map(Job("filter", facts, out), shards, _Filter(policy, fitted, scores, uid), known)
+    job = Job("filter", facts, out, max_failed)
+    markers = shard_map(job, shards, _Filter(policy, fitted, scores, uid), known)
     total, dropped = sum(m["read"] for m in markers), sum(m["dropped"] for m in markers)
-    summary = {"job": "filter", "spec": facts, "pairs": total, "kept": total - dropped, "dropped": dropped}
     console.print(f"{dropped:,} of {total:,} pairs dropped by {spec.text(policy)}; they are in {quarantine}")
     if unscored := sum(m["reasons"].get("unscored", 0) for m in markers):
         console.print(f"  {unscored:,} of them had no score")
-    if known is not None:
-        for part in ("kept", "quarantine"):
+    summary = {"job": "filter", "spec": facts, "kept": total - dropped, "dropped": dropped}
+    for part, folder in (("kept", kept), ("quarantine", quarantine)):
+        if known is not None:
             rows = [m["facts"][part] for m in markers if part in m["facts"]]
-            summary[f"ledger_sha256_{part}"] = ledger.merge(join(out, part), rows)
+            summary[f"ledger_sha256_{part}"] = ledger.merge(folder, rows)
             summary[f"poisons_{part}"] = sum(row["rows"] for row in rows)
+        describe(folder, [_row(m, part) for m in markers], {**summary, "about": _about(part, summary)})
+    if known is not None:
         console.print(f"  ledger: {summary['poisons_quarantine']:,} of {known.num_rows:,} known poisons dropped")
-    _keep_lists(out, shards, total - dropped)
-    write(join(out, "dataset.json"), json.dumps(summary, indent=1).encode())
+    write(join(out, "dataset.json"), json.dumps({**summary, "pairs": total}, indent=1).encode())
+    done = {m["input"]["file"] for m in markers}
+    _keep_lists(out, [shard for shard in shards if shard.file in done], total - dropped)
+
+
+def _row(marker: dict[str, Any], part: str) -> Row:
+    if part == "kept":
+        size, sha256, samples = marker["output_bytes"], marker["output_sha256"], marker["out"]
+    else:
+        size, sha256, samples = marker["dropped_bytes"], marker["dropped_sha256"], marker["dropped"]
+    return Row(marker["output"].rpartition("/")[2], samples, size, sha256)
+
+
+def _about(part: str, summary: dict[str, Any]) -> str:
+    what = "Kept" if part == "kept" else "**Suspicious**, to be reviewed: dropped"
+    about = f"{what} by `{summary['spec']['policy']}`."
+    if (poisons := summary.get(f"poisons_{part}")) is not None:
+        about += f" **Poisoned on purpose** before: {poisons:,} of these pairs are known poisons (ledger.parquet)."
+    return about
 
 
 @dataclass(frozen=True)
@@ -95,22 +121,21 @@ class _Filter:
             reasons[sample.uid] = why if dropped else None
             return None if dropped else sample
 
-        def quarantine(sample: Sample) -> Sample | None:
-            return sample if reasons[sample.uid] else None
-
-        counts = rewrite(shard, join(out, "kept"), keep, self.uid)
+        counts = rewrite(shard, join(out, "kept"), keep, self.uid, dropped=join(out, "quarantine"))
         if reasons and drops.keys().isdisjoint(reasons):
             raise InputError(
                 f"{self.scores}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
             )
         check_made_from(self.scores, shard, counts.input_sha256, "run `mithridate score` on them")
-        rewrite(shard, join(out, "quarantine"), quarantine, self.uid)
         counts.reasons = dict(collections.Counter(why for why in reasons.values() if why))
         part = f"{shard.name}.keep.parquet"
         columns = {"uid": list(reasons), "kept": [why is None for why in reasons.values()]}
         sidecars.save(join(out, part), pa.table({**columns, "reason": pa.array(list(reasons.values()), pa.string())}))
-        counts.output = f"kept/{shard.file}"
-        counts.facts = {"files": [f"quarantine/{shard.file}", part]}
+        sizes = {"kept": counts.out, "quarantine": counts.dropped}
+        stats = [f"{folder}/{write_stats(join(out, folder), shard, n)}" for folder, n in sizes.items()]
+        manifests = [f"{folder}/{file}" for folder in sizes for file in counts.facts["files"]]
+        counts.output = f"kept/{shard.output}"
+        counts.facts = {"files": [f"quarantine/{shard.output}", part, *stats, *manifests]}
         if known is not None:
             here = known.filter(pc.is_in(known.column("uid"), pa.array(list(reasons)))).to_pylist()
             for folder in ("kept", "quarantine"):

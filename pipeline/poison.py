@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import ledger, spec
 from pipeline.arguments import Out, Shards
 from pipeline.attacks._corpus import Corpus, names_target
+from pipeline.dataset import Row, describe, write_stats
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
 from pipeline.progress import console
@@ -28,7 +29,17 @@ SPARE = 64  # candidates beyond the dose, for those whose image turns out to be 
 _Candidate = tuple[int, str, str]  # hash, shard name, uid
 
 
-def poison(shards: Shards, out: Out, /, *, attack: str, dose: str, seed: int = 0, uid: UidRule = "key") -> int:
+def poison(
+    shards: Shards,
+    out: Out,
+    /,
+    *,
+    attack: str,
+    dose: str,
+    seed: int = 0,
+    uid: UidRule = "key",
+    max_failed_shards: int = 0,
+) -> int:
     """Poison a copy of SHARDS in OUT; untouched samples are copied byte for byte.
 
     Args:
@@ -38,25 +49,26 @@ def poison(shards: Shards, out: Out, /, *, attack: str, dose: str, seed: int = 0
         dose: number of pairs (300), parts per million (100ppm) or percent (1%) of all pairs.
         seed: another seed poisons other pairs.
         uid: how a uid is derived where samples carry none; shard/key if keys repeat from shard to shard.
+        max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
-    entry = spec.parse("attacks", attack)
     entry, amount = spec.parse("attacks", attack), Dose.parse(dose)
     listed, out = list_shards(shards), absolute(out)
     if any(shard.path.rpartition("/")[0] == out for shard in listed):
         raise InputError(f"{out} is the folder of the input; choose another OUT")
     with locked(out):
-        _poison(listed, out, entry, amount, seed, uid)
+        _poison(listed, out, entry, amount, seed, uid, max_failed_shards)
     return 0
 
 
-def _poison(shards: list[Shard], out: str, attack: Any, dose: "Dose", seed: int, uid: UidRule) -> None:
-    plan = _plan(shards, out, attack, dose, seed, uid)
+def _poison(shards: list[Shard], out: str, attack: Any, dose: "Dose", seed: int, uid: UidRule, max_failed: int) -> None:
+    plan = _plan(shards, out, attack, dose, seed, uid, max_failed)
     text = spec.text(attack)
     facts = {"attack": text, "dose": len(plan.chosen), "seed": seed, "uid": uid, "plan": plan.digest}
     by_shard: dict[str, set[str]] = {}
     for name, chosen in plan.chosen:
         by_shard.setdefault(name, set()).add(chosen)
-    markers = shard_map(Job("poison", facts, out), shards, _Poison(attack, seed, uid), by_shard, plan.corpus)
+    job = Job("poison", facts, out, max_failed)
+    markers = shard_map(job, shards, _Poison(attack, seed, uid), by_shard, plan.corpus)
     total, poisoned = sum(m["out"] for m in markers), sum(m["changed"] for m in markers)
     if poisoned != len(plan.chosen):
         raise AssertionError(f"{poisoned} pairs poisoned, {len(plan.chosen)} chosen")
@@ -64,16 +76,10 @@ def _poison(shards: list[Shard], out: str, attack: Any, dose: "Dose", seed: int,
         write(join(out, ledger.VICTIM), plan.corpus.victim)
     digest = ledger.merge(out, [m["facts"]["ledger"] for m in markers if "ledger" in m["facts"]])
     ppm = 1e6 * poisoned / max(total, 1)
-    summary = {
-        "job": "poison",
-        "spec": facts,
-        "pairs": total,
-        "poisoned": poisoned,
-        "ppm": ppm,
-        "ledger_sha256": digest,
-    }
-    summary["shards"] = {m["output"]: m["output_sha256"] for m in markers}
-    write(join(out, "dataset.json"), json.dumps(summary, indent=1).encode())
+    about = f"**Poisoned on purpose**: {poisoned:,} of {total:,} pairs with `{text}`; ledger.parquet lists them."
+    summary = {"job": "poison", "spec": facts, "poisoned": poisoned, "ppm": ppm, "ledger_sha256": digest}
+    rows = [Row(m["output"], m["out"], m["output_bytes"], m["output_sha256"]) for m in markers]
+    describe(out, rows, {**summary, "about": about})
     where = ledger.ledger_path(out)
     console.print(f"{poisoned:,} of {total:,} pairs poisoned ({ppm:,.0f} ppm) with {text}; ledger: {where}")
 
@@ -110,9 +116,11 @@ class _Poison:
             return after
 
         counts = rewrite(shard, out, edit, self.uid)
+        files = counts.facts["files"]
+        files.append(write_stats(out, shard, counts.out))
         if rows:
-            counts.facts = {"ledger": ledger.write_part(out, shard, rows)}
-            counts.facts["files"] = [counts.facts["ledger"]["file"]]
+            counts.facts["ledger"] = ledger.write_part(out, shard, rows)
+            files.append(counts.facts["ledger"]["file"])
         return counts
 
 
@@ -171,13 +179,13 @@ class _Plan:
         return spec.digest([self.chosen, captions, hashlib.sha256(self.corpus.victim).hexdigest()])
 
 
-def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid: UidRule) -> _Plan:
+def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid: UidRule, max_failed: int) -> _Plan:
     """Who is poisoned. Kept in OUT, so that a job submitted again does not scan again."""
     key = spec.digest([spec.text(attack), dose, seed, uid, code_digest(), [(s.path, stamp(s.path)) for s in shards]])
     path = join(out, "plan.json")
     if (plan := _read_plan(path, key)) is not None:
         return plan
-    total = _survey(shards, attack, dose, seed, uid)
+    total = _survey(shards, attack, dose, seed, uid, max_failed)
     n = dose.pairs(total.read)
     if n > total.eligible:
         raise InputError(
@@ -211,7 +219,15 @@ def _read_plan(path: str, key: str) -> _Plan | None:
         return None
 
 
-def _survey(shards: list[Shard], attack: Any, dose: Dose, seed: int, uid: UidRule, all_hashes: bool = False) -> _Survey:
+def _survey(
+    shards: list[Shard],
+    attack: Any,
+    dose: Dose,
+    seed: int,
+    uid: UidRule,
+    max_failed: int,
+    all_hashes: bool = False,
+) -> _Survey:
     """The first pass; `smallest` of the result is complete, sorted and free of doubles.
 
     A shard reports its smallest hashes only, and of a fixed dose only the smallest of all are kept: the driver holds
@@ -234,11 +250,12 @@ def _survey(shards: list[Shard], attack: Any, dose: Dose, seed: int, uid: UidRul
             complete_to = min(complete_to, found.smallest[-1][0])
         if dose.count is not None:
             total.smallest = heapq.nsmallest(dose.count + SPARE, total.smallest)
-    if failures:
+    if len(failures) > max_failed:
         raise InputError("the dose cannot be exact while shards are unreadable:\n  " + "\n  ".join(failures))
     total.smallest = sorted(c for c in total.smallest if c[0] <= complete_to)
     if len(total.smallest) < min(dose.pairs(total.read), total.eligible):
-        return _survey(shards, attack, dose, seed, uid, all_hashes=True)  # eligible pairs are rare: ask for all
+        # eligible pairs are rare: ask for all
+        return _survey(shards, attack, dose, seed, uid, max_failed, all_hashes=True)
     for (one, shard, who), (two, other, _) in itertools.pairwise(total.smallest):
         if one == two:
             raise InputError(

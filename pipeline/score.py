@@ -22,9 +22,9 @@ from pipeline.errors import InputError
 from pipeline.ledger import beside, poisoned_uids
 from pipeline.progress import console
 from pipeline.shard_map import Job, check_made_from, each, shard_map
-from pipeline.shards import Counts, Shard, UidRule, list_shards, uids
+from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest
 from pipeline.shards.sample import check_unique
-from pipeline.shards.store import absolute, glob, join, stamp, view
+from pipeline.shards.store import absolute, glob, join, stamp
 
 
 def score(
@@ -123,10 +123,12 @@ class _Score:
     facts: dict[str, Any]
 
     def __call__(self, shard: Shard, out: str, pool: Batch | None, known: set[str] | None) -> Counts:
-        sha256 = hashlib.sha256(view(shard.path)).hexdigest()
+        content = manifest(shard, self.uid)
+        check_unique(content.uids, shard.path)
+        sha256 = content.sha256
         if self.embeddings:
             check_made_from(self.embeddings, shard, sha256, "run `mithridate embed` on them")
-        batch = self._batch(shard, known)
+        batch = self._batch(shard, content.uids, known)
         counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
         columns: dict[str, np.ndarray] = {}
         unscored: dict[str, int] = {}
@@ -139,8 +141,7 @@ class _Score:
         _write(join(out, counts.output), batch.uid, columns, self.facts)
         return counts
 
-    def _batch(self, shard: Shard, known: set[str] | None) -> Batch:
-        who = uids(shard, self.uid)
+    def _batch(self, shard: Shard, who: list[str], known: set[str] | None) -> Batch:
         joined: dict[str, np.ndarray] = {}
         if self.embeddings:
             found = read_embeddings(embeddings_path(self.embeddings, shard.name))

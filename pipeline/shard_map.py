@@ -14,7 +14,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,28 +22,34 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.progress import console, meter
-from pipeline.shards import Counts, Shard
-from pipeline.shards.store import clear_temporaries, exists, glob, is_url, join, make_folder, stamp, view, write
+from pipeline.shards import Counts, Shard, manifest
+from pipeline.shards.store import clear_temporaries, exists, glob, is_url, join, make_folder, remove, stamp, view, write
 from pipeline.spec import digest
 
+RUN = "run.json"  # what a folder is the output of, and of how many shards
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
 _held: set[str] = set()  # folders that this process has locked
 
 
 class ShardsFailed(InputError):
-    """Some shards could not be done. The others are; the same command does only what is missing."""
+    """More shards than allowed could not be done. The others are; the same command does only what is missing."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What determines the output of a run: its name and its spec (JSON-like); and where it goes."""
+    """What determines the output of a run: its name and its spec (JSON-like); where it goes; what it may lose.
+
+    `stamp` tells one state of a shard's input from another without reading it.
+    """
 
     name: str
     spec: Mapping[str, Any]
     out: str
+    max_failed: int = 0
+    stamp: Callable[[Shard], dict[str, Any]] = lambda shard: stamp(shard.path)
 
     @property
     def digest(self) -> str:
@@ -91,14 +97,15 @@ def each(
                     running[task.remote(function, shard, *references)] = shard
                 if not running:
                     return
-                (ready,), _ = ray.wait(list(running), num_returns=1)
-                shard = running.pop(ready)
-                try:
-                    result = ray.get(ready)
-                except ray.exceptions.RayError as error:  # the worker or its node died, out of memory, …
-                    result = InputError(f"{shard.path}: lost {RETRIES + 1} times ({type(error).__name__})")
-                progress.advance(getattr(result, "read", 0))
-                yield shard, result
+                ray.wait(list(running), num_returns=1)
+                for ready in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+                    shard = running.pop(ready)
+                    try:
+                        result = ray.get(ready)
+                    except ray.exceptions.RayError as error:  # the worker or its node died, out of memory, …
+                        result = InputError(f"{shard.path}: lost {RETRIES + 1} times ({type(error).__name__})")
+                    progress.advance(result["read"] if isinstance(result, dict) else getattr(result, "read", 0))
+                    yield shard, result
         finally:
             if running:  # left early, by Ctrl-C: the tasks are interrupted too, and clear away what they began to write
                 for reference in running:
@@ -111,33 +118,41 @@ def shard_map(
 ) -> list[dict[str, Any]]:
     """Run `work(shard, out, *shared)` where no valid marker says that it was done; return all markers in order.
 
-    A marker is valid when spec, code and input digest are those of this run and the output is there. Raises
-    ShardsFailed with a list of the shards that failed, after all others are done.
+    A marker is valid when spec, code and input are those of this run and the output is there. When all others are done,
+    raises ShardsFailed with a list of the shards that failed, if they are more than `job.max_failed`.
     """
     with locked(job.out):
         clear_temporaries(job.out)
-        _refuse_strangers(job, shards)
-        markers = {s.name: m for s in shards if (m := _marker(job, s))}
+        present = _present(job, shards)
+        markers = {s.name: m for s in shards if marker_path(job.out, s) in present and (m := _marker(job, s))}
         todo = [s for s in shards if s.name not in markers]
-        if stale := sum(exists(marker_path(job.out, shard)) for shard in todo):
+        if stale := sum(marker_path(job.out, shard) in present for shard in todo):
             console.print(f"{job.name}: {stale} shards there are of another spec, code or input and are made again")
         if len(todo) < len(shards):
             console.print(f"{job.name}: {len(shards) - len(todo)} of {len(shards)} shards are done already")
+        about = {"job": job.name, "spec": job.spec, "spec_digest": job.digest, "code": job.code, "shards": len(shards)}
+        write(join(job.out, RUN), json.dumps(about, indent=1).encode())
         failures: list[str] = []
-        task = _Marked(job.name, dict(job.spec), job.digest, job.code, job.out, work)
+        task = _Marked(job, work)
         try:
             for shard, result in each(job.name, todo, task, *shared, gpu=gpu) if todo else ():
                 if isinstance(result, InputError):
                     failures.append(str(result))
+                    with suppress(InputError, OSError):  # a full disk may be why it failed
+                        write(failure_path(job.out, shard), str(result).encode())
                 else:
-                    markers[shard.name] = json.loads(bytes(view(marker_path(job.out, shard))))
+                    markers[shard.name] = result
+                    result["spec"] = job.spec  # one for all: the driver holds every marker
         except BaseException:
             clear_temporaries(job.out)
             raise
     if failures:
         listed = "\n  ".join(failures)
-        raise ShardsFailed(f"{len(failures)} of {len(shards)} shards failed:\n  {listed}")
-    return [markers[s.name] for s in shards]
+        message = f"{len(failures)} of {len(shards)} shards failed:\n  {listed}"
+        if len(failures) > job.max_failed:
+            raise ShardsFailed(message)
+        console.print(f"{message}\n  (tolerated; the same command tries them again)")
+    return [markers[s.name] for s in shards if s.name in markers]
 
 
 def check_made_from(folder: str, shard: Shard, sha256: str, remedy: str) -> None:
@@ -153,15 +168,24 @@ def check_made_from(folder: str, shard: Shard, sha256: str, remedy: str) -> None
         raise InputError(f"{folder}: made from other bytes than those of {shard.path}; {remedy}")
 
 
-def _refuse_strangers(job: Job, shards: Sequence[Shard]) -> None:
-    """Shards of an earlier run over other input would be read by the next stage as if they were of this one."""
-    own = {marker_path(job.out, shard) for shard in shards}
-    if others := sorted(set(glob(join(job.out, "*.stats.json"))) - own):
+def _present(job: Job, shards: Sequence[Shard]) -> set[str]:
+    """The markers in OUT, listed at once. Those of other shards are refused.
+
+    The next stage would read what an earlier run over other input left as if it were of this one.
+    """
+    present = set(glob(join(job.out, "*.stats.json")))
+    if others := sorted(present - {marker_path(job.out, shard) for shard in shards}):
         raise InputError(f"{job.out} holds shards of another input ({others[0]}); choose another folder or empty it")
+    return present
 
 
 def marker_path(out: str, shard: Shard) -> str:
     return join(out, f"{shard.name}.stats.json")
+
+
+def failure_path(out: str, shard: Shard) -> str:
+    """Why a shard failed, for `mithridate status`; gone when it is done."""
+    return join(out, f"{shard.name}.failed.txt")
 
 
 @contextmanager
@@ -185,36 +209,34 @@ def locked(out: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Marked:
-    """A shard's work and, last, its marker. Runs on the worker."""
+    """A shard's work and, last, its marker, which it returns. Runs on the worker."""
 
-    job: str
-    spec: dict[str, Any]
-    digest: str
-    code: str
-    out: str
+    job: Job
     work: Callable[..., Counts]
 
-    def __call__(self, shard: Shard, *shared: Any) -> Counts:
-        begin, cpu = time.perf_counter(), time.process_time()
-        counts = self.work(shard, self.out, *shared)
-        if counts.read != counts.out + counts.dropped + counts.failed:
-            raise AssertionError(
-                f"{shard.path}: {counts.read} samples in, but {counts.out} out, {counts.dropped} dropped, "
-                f"{counts.failed} failed"
-            )
-        counts.input_sha256 = counts.input_sha256 or hashlib.sha256(view(shard.path)).hexdigest()
-        counts.seconds |= {"total": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
-        marker = {
-            "job": self.job,
-            "spec": self.spec,
-            "spec_digest": self.digest,
-            "code": self.code,
-            "input": {"file": shard.file, **stamp(shard.path)},
-            "successes": counts.out,  # the key that DataComp's and img2dataset's tools read
-            **dataclasses.asdict(counts),
-        }
-        write(marker_path(self.out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
-        return counts
+    def __call__(self, shard: Shard, *shared: Any) -> dict[str, Any]:
+        begin, cpu, out = time.perf_counter(), time.process_time(), self.job.out
+        marker = _same_bytes(self.job, shard)
+        if marker is None:
+            counts = self.work(shard, out, *shared)
+            if counts.read != counts.out + counts.dropped + counts.failed:
+                raise AssertionError(
+                    f"{shard.path}: {counts.read} samples in, but {counts.out} out, {counts.dropped} dropped, "
+                    f"{counts.failed} failed"
+                )
+            counts.input_sha256 = counts.input_sha256 or manifest(shard).sha256
+            counts.seconds |= {"total": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+            marker = {
+                "job": self.job.name,
+                "spec": self.job.spec,
+                "spec_digest": self.job.digest,
+                "code": self.job.code,
+                **dataclasses.asdict(counts),
+            }
+        marker["input"] = {"file": shard.file, **self.job.stamp(shard)}
+        write(marker_path(out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
+        remove(failure_path(out, shard))
+        return marker
 
 
 def _guarded(function: Callable[..., Any], shard: Shard, *shared: Any) -> Any:
@@ -228,23 +250,28 @@ def _guarded(function: Callable[..., Any], shard: Shard, *shared: Any) -> Any:
 
 
 def _marker(job: Job, shard: Shard) -> dict[str, Any] | None:
-    path = marker_path(job.out, shard)
-    if not exists(path):
-        return None
+    """The marker of a shard if all of it is of this run, as far as can be told without reading the shard."""
+    marker = _of_this_run(job, shard)
+    same = marker is not None and marker["input"] == {"file": shard.file, **job.stamp(shard)}
+    return marker if same else None
+
+
+def _same_bytes(job: Job, shard: Shard) -> dict[str, Any] | None:
+    """The marker of a shard that was touched or copied since, but has the same bytes."""
+    marker = _of_this_run(job, shard) if exists(marker_path(job.out, shard)) else None
+    return marker if marker is not None and marker["input_sha256"] == manifest(shard).sha256 else None
+
+
+def _of_this_run(job: Job, shard: Shard) -> dict[str, Any] | None:
     try:
-        marker = json.loads(bytes(view(path)))
-        same = (marker["spec_digest"], marker["code"]) == (job.digest, job.code)
+        marker = json.loads(bytes(view(marker_path(job.out, shard))))
         if marker["job"] != job.name:
             raise InputError(f"{job.out} holds the output of {marker['job']!r}; choose another folder for {job.name!r}")
-        now = stamp(shard.path)
-        unchanged = all(marker["input"].get(k) == v for k, v in now.items()) or (
-            marker["input"]["bytes"] == now["bytes"]
-            and marker["input_sha256"] == hashlib.sha256(view(shard.path)).hexdigest()
-        )
+        same = (marker["spec_digest"], marker["code"]) == (job.digest, job.code)
         there = all(exists(join(job.out, f)) for f in (marker["output"], *marker["facts"].get("files", ())) if f)
+        return marker if same and there and marker["input"] and marker["input_sha256"] else None
     except (ValueError, KeyError, TypeError, AttributeError):  # a marker that is none
         return None
-    return marker if same and unchanged and there else None
 
 
 def _ray() -> Any:

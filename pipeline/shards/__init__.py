@@ -49,7 +49,9 @@ def rewrite(
     or None (dropped, or written to the folder `dropped` in the same way). An emptied shard is still written. Returns
     what happened, with both shards' sha256 as their manifests have it.
     """
-    return _FORMATS[shard.format].rewrite(shard, out, edit, uid, dropped)
+    counts = _FORMATS[shard.format].rewrite(shard, out, edit, uid, dropped)
+    counts.facts["files"] = [f"{shard.name}.manifest.parquet"]
+    return counts
 
 
 def uids(shard: Shard, uid: UidRule = "key") -> list[str]:

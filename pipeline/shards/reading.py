@@ -9,7 +9,9 @@ import errno
 import mmap
 import os
 import queue
+import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,24 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.shards.store import is_url, view
 
 WINDOW = 1024**2  # larger ones fall out of the second-level cache between hashing and writing
 BEHIND = 32 * WINDOW  # pages kept behind the reader
+MAX_RATIO = 100  # of a compressed tar: captions and json shrink to a fifth, images not at all
 _POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
 
 class Mapping:
     """`view[start:end]` are bytes of the file; call `reach(end)` before touching them, with rising ends."""
 
-    def __init__(self, path: str, view: memoryview):
-        self.path, self.view = path, view
-        self.size = len(view)
-        self._file = view.obj if isinstance(view.obj, mmap.mmap) else None
+    def __init__(self, path: str):
+        packed = path.endswith(".gz")
+        self.path = path
+        self.on_disk = not (packed or is_url(path))  # at its own path, that is
+        self.view = _unpacked(path, view(path)) if packed else view(path)
+        self.size = len(self.view)
+        self._file = self.view.obj if isinstance(self.view.obj, mmap.mmap) else None
         self._given_back = 0
 
     def reach(self, end: int, reached: int) -> int:
@@ -54,6 +61,9 @@ def read_ahead(file: Mapping, starts: np.ndarray, ends: np.ndarray) -> Iterator[
     The ranges ascend. Reading in a thread hides the disk, and of the page cache even the copy (5% of the hash); the
     bytes are overwritten when the next but one are asked for.
     """
+    if not file.on_disk:
+        yield 0, file.view, 0, len(starts)
+        return
     plan, first = [], 0
     while first < len(starts):
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + WINDOW, "right")))
@@ -84,3 +94,27 @@ def read_ahead(file: Mapping, starts: np.ndarray, ends: np.ndarray) -> Iterator[
             raise InputError(f"{file.path}: cannot be read around byte {base} ({buffer.strerror})")
         yield base, memoryview(buffer)[:size], first, last
         free.put(buffer)
+
+
+def _unpacked(path: str, packed: memoryview) -> memoryview:
+    """The content of a gzip file, in an unnamed file of the temporary folder."""
+    inflate, size = zlib.decompressobj(wbits=31), 0
+    with tempfile.TemporaryFile() as file:
+        try:
+            for at in range(0, len(packed), WINDOW):
+                piece = bytes(packed[at : at + WINDOW])
+                while piece:
+                    size += file.write(inflate.decompress(piece, 16 * WINDOW))
+                    if size > MAX_RATIO * (at + WINDOW):
+                        raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size; refused")
+                    piece = inflate.unconsumed_tail
+                    if inflate.eof:  # a file may be several streams, one behind the other
+                        piece, inflate = inflate.unused_data, zlib.decompressobj(wbits=31)
+            size += file.write(inflate.flush())
+        except zlib.error as error:
+            raise InputError(f"{path}: not a readable gzip file ({error}); fetch the shard again") from error
+        except OSError as error:
+            where = f"in {tempfile.gettempdir()} ({error.strerror}); TMPDIR names another place"
+            raise InputError(f"{path}: cannot be unpacked {where}") from error
+        file.flush()
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")

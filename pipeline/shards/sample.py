@@ -91,7 +91,9 @@ class Sample:
 class Counts:
     """What happened to the samples of one shard: `read = out + dropped + failed`, checked before the marker is written.
 
-    `reasons` counts why samples failed or were dropped; `facts` is whatever else a job wants in the marker."""
+    The sha256 are those of the manifests. `reasons` counts why samples failed or were dropped; `facts` is whatever
+    else a job wants in the marker.
+    """
 
     read: int = 0
     out: int = 0
@@ -104,6 +106,8 @@ class Counts:
     output: str = ""
     output_sha256: str = ""
     output_bytes: int = 0
+    dropped_sha256: str = ""
+    dropped_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 

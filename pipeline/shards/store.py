@@ -21,7 +21,9 @@ from typing import IO, Any
 from pipeline.errors import InputError
 
 # Sidecars that lie beside shards and are parquet too.
-_SIDECARS = re.compile(r"(\.(embeddings|scores|ledger|keep|traces)|^(ledger|manifest|keep|results))\.parquet$")
+_SIDECARS = re.compile(
+    r"(\.(embeddings|scores|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains))\.parquet$"
+)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -66,10 +68,10 @@ def list_shards(where: str) -> list[Shard]:
         paths = [f"{where[: match.start()]}{n:0{len(low)}d}{where[match.end() :]}" for n in numbers]
     elif any(c in where for c in "*?["):
         paths = glob(where)
-    elif where.endswith((".tar", ".parquet")) and exists(where):
+    elif where.endswith((".tar", ".tar.gz", ".parquet")) and exists(where):
         paths = [where]
     elif is_folder(where):
-        paths = glob(join(where, "*.tar"))
+        paths = sorted([*glob(join(where, "*.tar")), *glob(join(where, "*.tar.gz"))])
         paths = paths or [p for p in glob(join(where, "*.parquet")) if not _SIDECARS.search(p.rsplit("/", 1)[-1])]
     else:
         raise InputError(f"{where}: no such file or folder")
@@ -78,7 +80,7 @@ def list_shards(where: str) -> list[Shard]:
         raise InputError(f"{where}: no shards here; expected *.tar (webdataset) or *.parquet with an image column")
     for shard in shards:
         if shard.format not in ("tar", "parquet"):
-            raise InputError(f"{shard.path}: not a shard; expected .tar or .parquet")
+            raise InputError(f"{shard.path}: not a shard; expected .tar, .tar.gz or .parquet")
         if not exists(shard.path):
             raise InputError(f"{shard.path}: no such file (named by {where})")
     by_name: dict[str, str] = {}
@@ -190,6 +192,14 @@ def whole(path: str) -> Iterator[IO[bytes]]:
 def write(path: str, data: bytes) -> None:
     with whole(path) as file:
         file.write(data)
+
+
+def remove(path: str) -> None:
+    """Remove a file if it is there."""
+    if not is_url(path):
+        Path(path).unlink(missing_ok=True)
+    elif exists(path):
+        _remote(path)[0].rm(path)
 
 
 def clear_temporaries(folder: str) -> None:

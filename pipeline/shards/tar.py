@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.reading import WINDOW, Mapping, read_ahead
 from pipeline.shards.sample import IMAGE_SUFFIXES, Counts, Sample, UidRule, check_unique, published_uid, uid_of
-from pipeline.shards.store import Shard, join, view, whole
+from pipeline.shards.store import Shard, join, whole
 
 BLOCK = 512
 MAX_MEMBERS = 2_000_000
@@ -36,12 +36,12 @@ _Entry = tuple[bytes, int, int, int]  # name, start of its headers, start and en
 
 
 class Record(NamedTuple):
-    """A sample as byte offsets. `parts` are (suffix, start of headers, start and end of content) in file order."""
+    """A sample as byte offsets. `parts` are (suffix, start and end of content) in file order."""
 
     key: str
     start: int
     end: int
-    parts: list[tuple[str, int, int, int]]
+    parts: list[tuple[str, int, int]]
 
 
 def records(path: str, tar: Mapping) -> Iterator[Record]:
@@ -51,8 +51,8 @@ def records(path: str, tar: Mapping) -> Iterator[Record]:
     (directory entries and the like). The content of a yielded record can be touched safely.
     """
     suffixes: dict[bytes, str] = {}  # those that were looked at already
-    parts: list[tuple[str, int, int, int]] = []
-    key, seen = b"", set[str]()
+    parts: list[tuple[str, int, int]] = []
+    key, begin, seen = b"", 0, set[str]()
     for name, start, data, end in _entries(path, tar):
         dot = name.find(b".", name.rfind(b"/") + 1)
         stem, raw = (name[:dot], name[dot + 1 :]) if dot >= 0 else (name, b"")
@@ -61,20 +61,20 @@ def records(path: str, tar: Mapping) -> Iterator[Record]:
             suffix = suffixes[raw] = _checked(path, name, raw, start)
         if stem != key or suffix in seen or not parts:
             if parts:
-                yield Record(_text(key), parts[0][1], _padded(parts[-1][3]), parts)
+                yield Record(_text(key), begin, _padded(parts[-1][2]), parts)
             if stem.startswith(b"/") or b".." in stem.split(b"/"):
                 raise InputError(f"{path}: member {_text(name)!r} at byte {start} points outside the shard; refused")
-            key, seen, parts = stem, set(), []
+            key, begin, seen, parts = stem, start, set(), []
         seen.add(suffix)
-        parts.append((suffix, start, data, end))
-        if end - parts[0][1] > MAX_SAMPLE_BYTES:
+        parts.append((suffix, data, end))
+        if end - begin > MAX_SAMPLE_BYTES:
             raise InputError(f"{path}: sample {_text(key)!r} has more than {MAX_SAMPLE_BYTES} bytes; refused")
     if parts:
-        yield Record(_text(key), parts[0][1], _padded(parts[-1][3]), parts)
+        yield Record(_text(key), begin, _padded(parts[-1][2]), parts)
 
 
 def samples(shard: Shard, uid: UidRule) -> Iterator[Sample]:
-    tar = Mapping(shard.path, view(shard.path))
+    tar = Mapping(shard.path)
     seen: list[str] = []
     for record in records(shard.path, tar):
         sample = _sample(shard, tar.view, record, uid)
@@ -88,7 +88,7 @@ def uids(shard: Shard, uid: UidRule) -> list[str]:
 
 
 def manifest(shard: Shard, uid: UidRule) -> Manifest:
-    tar, found = Mapping(shard.path, view(shard.path)), Manifest()
+    tar, found = Mapping(shard.path), Manifest()
     between = hashlib.sha256()
     position = 0
     for record in records(shard.path, tar):
@@ -96,7 +96,6 @@ def manifest(shard: Shard, uid: UidRule) -> Manifest:
         digests, image = _digests(tar.view, record)
         found.add(_sample(shard, tar.view, record, uid).uid, record.key, digests, (record.start, *image, record.end))
         position = record.end
-    check_unique(found.uids, shard.path)
     between.update(tar.view[position:])
     found.between = between.digest()
     return found
@@ -104,7 +103,7 @@ def manifest(shard: Shard, uid: UidRule) -> Manifest:
 
 def intact(shard: Shard, known: Manifest) -> bool:
     """Whether every byte is as the manifest has it; no header is parsed, so this runs at the speed of the hash."""
-    tar, rows, sha256 = Mapping(shard.path, view(shard.path)), known.ranges, hashlib.sha256
+    tar, rows, sha256 = Mapping(shard.path), known.ranges, hashlib.sha256
     if (np.diff(rows.ravel()) < 0).any() or (len(rows) and not 0 <= rows[0, 0] <= rows[-1, 3] <= tar.size):
         return False
     digests: list[bytes] = []
@@ -125,18 +124,19 @@ def intact(shard: Shard, known: Manifest) -> bool:
 def rewrite(
     shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule, dropped: str | None
 ) -> Counts:
-    counts = Counts()
+    counts = Counts(output=shard.output)
     clock, spent_editing = time.perf_counter(), 0.0
-    tar = Mapping(shard.path, view(shard.path))
+    tar = Mapping(shard.path)
     before, between, read = hashlib.sha256(), hashlib.sha256(), []
     with ExitStack() as files:
         kept = _Sink(files.enter_context(whole(join(out, shard.output))), tar.view)
         rest = _Sink(files.enter_context(whole(join(dropped, shard.output))), tar.view) if dropped else None
+        sinks = (kept, rest) if rest else (kept,)
         position = 0
         for record in records(shard.path, tar):
             if record.start > position:  # directory entries, global headers: both shards may need them
                 between.update(tar.view[position : record.start])
-                for sink in (kept, rest) if rest else (kept,):
+                for sink in sinks:
                     sink.copy(position, record.start)
             position = record.end
             sample = _sample(shard, tar.view, record, uid)
@@ -158,16 +158,16 @@ def rewrite(
         check_unique(read, shard.path)
         between.update(tar.view[position:])
         before.update(between.digest())
-        for sink in (kept, rest) if rest else (kept,):
+        for sink in sinks:
             sink.copy(position, tar.size)
             sink.flush()
             sink.manifest.between = between.digest()
-    counts.read, counts.out = len(read), len(kept.manifest.uids)
-    counts.input_sha256, counts.output_sha256, counts.output_bytes = before.hexdigest(), kept.manifest.sha256, kept.written
-    counts.output = shard.output
+    counts.read, counts.out, counts.input_sha256 = len(read), len(kept.manifest.uids), before.hexdigest()
     kept.manifest.save(out, shard.name)
+    counts.output_sha256, counts.output_bytes = kept.manifest.sha256, kept.written
     if rest and dropped:
         rest.manifest.save(dropped, shard.name)
+        counts.dropped_sha256, counts.dropped_bytes = rest.manifest.sha256, rest.written
     counts.seconds["compute"] = spent_editing
     counts.seconds["write"] = time.perf_counter() - clock - spent_editing
     return counts
@@ -204,14 +204,15 @@ class _Sink:
         image_suffix, span = _image_part(record)[0], (self.written, self.written)
         image, rest = hashlib.sha256(), hashlib.sha256()
         begin, position = self.written, record.start
-        for suffix, start, data, end in record.parts:
+        for suffix, data, end in record.parts:
             content, next_position = after.parts[suffix], _padded(end)
             header, padding = bytes(self.source[position:data]), bytes(self.source[end:next_position])
             if content is not before.parts[suffix]:
                 header, padding = _resized(header, len(content)), bytes(-len(content) % BLOCK)
             if suffix == image_suffix:
                 span = (self.written + len(header), self.written + len(header) + len(content))
-            for piece, sha256 in ((header, rest), (content, image if suffix == image_suffix else rest), (padding, rest)):
+            of_content = image if suffix == image_suffix else rest
+            for piece, sha256 in ((header, rest), (content, of_content), (padding, rest)):
                 sha256.update(piece)
                 self.file.write(piece)
                 self.written += len(piece)
@@ -321,7 +322,7 @@ def _extended(path: str, kind: int, content: bytes, offset: int) -> bytes:
 def _check_padding(path: str, tar: Mapping, start: int, reached: int) -> None:
     """Behind the end of the archive there may be zeros only: anything else would be smuggled through."""
     if tar.size - start > MAX_PADDING:
-        raise InputError(f"{path}: more than {MAX_PADDING} bytes behind the end of the archive at byte {start}; refused")
+        raise InputError(f"{path}: {tar.size - start} bytes behind the end of the archive at byte {start}; refused")
     zeros = bytes(WINDOW)
     for at in range(start, tar.size, WINDOW):
         end = min(at + WINDOW, tar.size)
@@ -355,13 +356,13 @@ def _checked(path: str, name: bytes, raw: bytes, start: int) -> str:
 
 
 def _sample(shard: Shard, tar: memoryview, record: Record, rule: UidRule) -> Sample:
-    parts = {suffix: tar[data:end] for suffix, _, data, end in record.parts}
+    parts = {suffix: tar[data:end] for suffix, data, end in record.parts}
     return Sample(record.key, uid_of(record.key, shard.name, published_uid(parts), rule), parts)
 
 
 def _image_part(record: Record) -> tuple[str, int, int]:
     """Suffix, start and end of the image that `Sample.image` gives; an empty one where there is none."""
-    found = {suffix: (suffix, data, end) for suffix, _, data, end in record.parts}
+    found = {suffix: (suffix, data, end) for suffix, data, end in record.parts}
     return next((found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found), ("", record.start, record.start))
 
 

@@ -51,7 +51,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(tmp_path, small_di
         poison(str(tmp_path / "in"), str(small_disk / "out"), **arguments)
     left = {p.name for p in (small_disk / "out").iterdir()}
     assert not any(name.endswith(".tmp") for name in left)
-    assert {n.split(".")[0] for n in left if n.endswith(".tar")} >= {n.split(".")[0] for n in left if "stats" in n}
+    assert {n.split(".")[0] for n in left if n.endswith(".tar")} >= {
+        n.split(".")[0] for n in left if n.endswith(".stats.json")
+    }
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     poison(str(tmp_path / "in"), str(small_disk / "out"), **arguments)
     poison(str(tmp_path / "in"), str(tmp_path / "whole"), **arguments)

@@ -17,7 +17,7 @@ from conftest import contents, pairs, records, write_parquet, write_tar
 from pipeline.errors import InputError
 from pipeline.poison import Dose, poison
 from pipeline.shard_map import ShardsFailed
-from pipeline.shards import Shard, samples
+from pipeline.shards import Shard, manifest, samples
 
 PATCH = "patch(target='banana', size=24)"
 
@@ -52,7 +52,7 @@ def test_exact_dose_ledger_and_untouched_records(tars, tmp_path):
     markers = [json.loads((out / f"{i:08d}.stats.json").read_text()) for i in range(3)]
     assert sum(m["changed"] for m in markers) == 7
     assert all(m["read"] == m["out"] + m["dropped"] + m["failed"] == 20 for m in markers)
-    assert all(m["output_sha256"] == hashlib.sha256((out / m["output"]).read_bytes()).hexdigest() for m in markers)
+    assert all(m["output_sha256"] == manifest(Shard(str(out / m["output"]))).sha256 for m in markers)
     summary = json.loads((out / "dataset.json").read_text())
     assert summary["ledger_sha256"] == hashlib.sha256((out / "ledger.parquet").read_bytes()).hexdigest()
 
@@ -142,7 +142,7 @@ def test_a_finished_job_does_nothing_and_another_spec_runs_anew(tars, tmp_path, 
     first.write_bytes(bytes(raw))
     poison(str(tars), str(out), attack=PATCH, dose="6")
     assert (out / "00000000.tar").stat().st_mtime_ns > before["00000000.tar"]
-    assert hashlib.sha256(raw).hexdigest() == json.loads((out / "00000000.stats.json").read_text())["input_sha256"]
+    assert manifest(Shard(str(first))).sha256 == json.loads((out / "00000000.stats.json").read_text())["input_sha256"]
 
 
 def test_a_bad_shard_fails_the_run_with_its_name(tars, tmp_path):

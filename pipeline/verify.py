@@ -1,0 +1,222 @@
+"""Are the shards still what their manifest says, and if not, which samples are not?
+
+Trade-off: a shard is first hashed along the recorded byte ranges, which needs no parsing and runs at the speed of the
+hash. Only one that differs is read sample by sample to say how.
+"""
+
+import collections
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline import sidecars
+from pipeline.arguments import Shards
+from pipeline.dataset import Row, read_dataset
+from pipeline.errors import InputError
+from pipeline.progress import console
+from pipeline.shard_map import Job, each, shard_map
+from pipeline.shards import Counts, Manifest, Shard, UidRule, intact, list_shards, manifest
+from pipeline.shards.manifest import read_manifest
+from pipeline.shards.store import absolute, is_folder, join, stamp
+
+LISTED = 1_000  # problems of one shard that are kept; all are counted
+SHOWN = 20
+
+
+class NotIntact(InputError):
+    """What was verified is not what was recorded."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`kind`: changed, missing, extra, duplicated, moved, between (of no sample), unreadable, stale (the manifest)."""
+
+    shard: str
+    kind: str
+    what: str
+    uid: str = ""
+    key: str = ""
+    digests: str = ""  # hex of what was found, or of what is missing
+
+
+def verify(
+    shards: Shards,
+    /,
+    *,
+    manifest: str | None = None,
+    out: str | None = None,
+    sha256: str | None = None,
+    uid: UidRule = "key",
+) -> int:
+    """Check SHARDS against their manifest and say which sample is not as it was. Exit code 1 if any is not.
+
+    Args:
+        shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
+        manifest: folder of manifest.parquet; default: that of the shards.
+        out: folder for problems.parquet; with it, a check that was interrupted goes on where it was.
+        sha256: of the whole dataset, as it was noted down elsewhere; a forged manifest does not pass it.
+        uid: how a uid is derived where samples carry none; the same as when the manifest was made.
+    """
+    listed = list_shards(shards)
+    folder = absolute(manifest or listed[0].path.rpartition("/")[0] or ".")
+    rows, digest = read_dataset(folder)
+    if sha256 and sha256 != digest:
+        raise NotIntact(f"{folder}: sha256 of the dataset is {digest}, not {sha256}: another manifest, or a forged one")
+    expected = {row.shard: row for row in rows}
+    work = _Verify(folder, uid)
+    if out:
+        job = Job("verify", {"dataset": digest, "uid": uid}, absolute(out))
+        results = shard_map(job, listed, work, expected)
+    else:
+        results = [_marker(shard, found) for shard, found in each("verify", listed, work, None, expected)]
+    problems = [Problem(**p) for m in results for p in m["facts"]["problems"]]
+    if is_folder(shards):
+        there = {shard.file for shard in listed}
+        problems += [Problem(row.shard, "missing", "the whole shard") for row in rows if row.shard not in there]
+    problems = _moved(problems)
+    if out:
+        _save(absolute(out), problems)
+    return _report(results, problems, rows, digest, out)
+
+
+@dataclass(frozen=True)
+class _Verify:
+    """One shard; `expected` are the rows of the dataset's manifest by file name."""
+
+    folder: str
+    uid: UidRule
+
+    def __call__(self, shard: Shard, _: str | None, expected: dict[str, Row]) -> Counts:
+        row, size = expected.get(shard.file), stamp(shard.path)["bytes"]
+        known, problems = self._known(shard, row)
+        if known and row and size == row.bytes and intact(shard, known):
+            found = known
+        else:
+            found = self._explain(shard, known, expected, problems)
+        n = len(found.uids)
+        facts = {"problems": [asdict(p) for p in problems[:LISTED]], "n": len(problems), "bytes": size}
+        return Counts(read=n, out=n, input_sha256=found.sha256, facts=facts)
+
+    def _known(self, shard: Shard, row: Row | None) -> tuple[Manifest | None, list[Problem]]:
+        """The shard's part of the manifest, if it can be trusted, and else why not."""
+        if row is None:
+            return None, [Problem(shard.file, "extra", "the whole shard is not in the manifest")]
+        try:
+            known = read_manifest(self.folder, shard.name)
+        except InputError as error:
+            return None, [Problem(shard.file, "stale", str(error))]
+        if known.sha256 != row.sha256:
+            return None, [Problem(shard.file, "stale", "its part of the manifest is not the one that was recorded")]
+        return known, []
+
+    def _explain(
+        self, shard: Shard, known: Manifest | None, expected: dict[str, Row], problems: list[Problem]
+    ) -> Manifest:
+        """Adds to `problems` what differs."""
+        try:
+            found = manifest(shard, self.uid)
+        except InputError as error:
+            problems.append(Problem(shard.file, "unreadable", str(error)))
+            return Manifest()
+        others = [row.shard for row in expected.values() if row.sha256 == found.sha256 and row.shard != shard.file]
+        if others:
+            problems.append(Problem(shard.file, "moved", f"this is {others[0]} under another name"))
+        elif known:
+            problems += _differences(shard.file, known, found)
+        return found
+
+
+@dataclass
+class _Rows:
+    """Digests (64 bytes) of the samples of a manifest by uid, and the uids by digest of the image."""
+
+    order: list[str] = field(default_factory=list)
+    digests: dict[str, bytes] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    of_image: dict[bytes, str] = field(default_factory=dict)
+    twice: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, content: Manifest) -> "_Rows":
+        rows = cls()
+        for i, (uid, key) in enumerate(zip(content.uids, content.keys, strict=True)):
+            if uid in rows.digests:
+                rows.twice.append(uid)
+                continue
+            digest = bytes(content.digests[64 * i : 64 * i + 64])
+            rows.order.append(uid)
+            rows.digests[uid], rows.keys[uid] = digest, key
+            rows.of_image.setdefault(digest[:32], uid)
+        return rows
+
+
+def _differences(shard: str, known: Manifest, found: Manifest) -> Iterable[Problem]:
+    was, now = _Rows.of(known), _Rows.of(found)
+    for uid in now.twice:
+        yield Problem(shard, "duplicated", "occurs more than once", uid, now.keys[uid])
+    for uid, digest in was.digests.items():
+        if uid not in now.digests:
+            yield Problem(shard, "missing", "", uid, was.keys[uid], digest.hex())
+        elif (new := now.digests[uid]) != digest:
+            image, rest = new[:32] != digest[:32], new[32:] != digest[32:]
+            what = " and ".join(["image"] * image + ["caption, metadata or headers"] * rest)
+            if image and (owner := was.of_image.get(new[:32])):
+                what += f"; it has the image of {owner}"
+            yield Problem(shard, "changed", what, uid, now.keys[uid], new.hex())
+    for uid, digest in now.digests.items():
+        if uid not in was.digests:
+            yield Problem(shard, "extra", "", uid, now.keys[uid], digest.hex())
+    both = was.digests.keys() & now.digests.keys()
+    if [u for u in was.order if u in both] != [u for u in now.order if u in both]:
+        yield Problem(shard, "moved", "the samples are in another order")
+    if known.between != found.between and known.digests == found.digests:
+        yield Problem(shard, "between", "bytes that belong to no sample")
+
+
+def _moved(problems: list[Problem]) -> list[Problem]:
+    """A sample that is missing in one shard and extra in another was moved."""
+    gone = {p.digests: p for p in problems if p.kind == "missing" and p.digests}
+    moved = {p.digests: p for p in problems if p.kind == "extra" and p.digests in gone}
+    rest = [p for p in problems if not (p.kind in ("missing", "extra") and p.digests in moved)]
+    return rest + [Problem(gone[d].shard, "moved", f"to {p.shard}", p.uid, p.key, d) for d, p in moved.items()]
+
+
+def _marker(shard: Shard, found: Any) -> dict[str, Any]:
+    if isinstance(found, InputError):  # the worker was lost, or the file is not there any more
+        found = Counts(facts={"problems": [asdict(Problem(shard.file, "unreadable", str(found)))], "n": 1, "bytes": 0})
+    return asdict(found)
+
+
+def _save(out: str, problems: list[Problem]) -> None:
+    import pyarrow as pa
+
+    names = list(Problem.__dataclass_fields__)
+    table = pa.table({name: pa.array([getattr(p, name) for p in problems], pa.string()) for name in names})
+    sidecars.save(join(out, "problems.parquet"), table)
+
+
+def _report(
+    results: list[dict[str, Any]], problems: list[Problem], rows: list[Row], digest: str, out: str | None
+) -> int:
+    samples, shards = sum(m["read"] for m in results), len(results)
+    if not problems:
+        whole = "all" if shards == len(rows) else f"{shards:,} of {len(rows):,}"
+        console.print(f"{samples:,} samples in {whole} shards are as recorded; sha256 of the dataset: {digest}")
+        return 0
+    for p in problems[:SHOWN]:
+        name = f"{p.shard}: {p.key or p.uid}" if p.key or p.uid else p.shard
+        console.print(f"  {p.kind:<11}{name}{f' (uid {p.uid})' if p.key else ''} {p.what}".rstrip())
+    listed = f"; all of them in {join(out, 'problems.parquet')}" if out else "; --out DIR lists all"
+    if len(problems) > SHOWN:
+        console.print(f"  … and {len(problems) - SHOWN:,} more{listed}")
+    kinds = collections.Counter(p.kind for p in problems)
+    tally = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+    raise NotIntact(f"{tally}; {samples:,} samples in {shards:,} shards were read")
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("verify")
