@@ -17,9 +17,11 @@ VERBS = {
     "embed": ("pipeline.embed:embed", "image and text embeddings of every pair, by uid"),
     "score": ("pipeline.score:score", "run detectors over embeddings and traces; writes score sidecars"),
     "filter": ("pipeline.filter:filter_shards", "keep or quarantine samples by a policy over scores"),
+    "compact": ("pipeline.compact:compact", "many small shards into shards of n samples each"),
     "manifest": ("pipeline.manifest:record", "hash shards as they are now, for verify"),
     "verify": ("pipeline.verify:verify", "are the shards still what their manifest says; which samples are not"),
     "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
+    "status": ("pipeline.status:status", "how far is the job that writes to a folder"),
     "loop": ("pipeline.loop:loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
     "list": (
         "pipeline.listing:list_entries",

@@ -233,7 +233,7 @@ class _Marked:
                 "code": self.job.code,
                 **dataclasses.asdict(counts),
             }
-        marker["input"] = {"file": shard.file, **self.job.stamp(shard)}
+        marker |= {"input": {"file": shard.file, **self.job.stamp(shard)}, "finished": time.time()}
         write(marker_path(out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
         remove(failure_path(out, shard))
         return marker

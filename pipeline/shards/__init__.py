@@ -7,7 +7,7 @@
 One rewriter serves poisoning and filtering alike: what an edit returns unchanged is copied as bytes, headers included.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.shards import parquet, tar
 from pipeline.shards.manifest import Manifest
@@ -21,6 +21,7 @@ __all__ = [
     "Sample",
     "Shard",
     "UidRule",
+    "concatenate",
     "intact",
     "list_shards",
     "manifest",
@@ -51,6 +52,16 @@ def rewrite(
     """
     counts = _FORMATS[shard.format].rewrite(shard, out, edit, uid, dropped)
     counts.facts["files"] = [f"{shard.name}.manifest.parquet"]
+    return counts
+
+
+def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, uid: UidRule = "key") -> Counts:
+    """Write `out/<name>.tar|parquet` from `(shard, first sample, samples)`, and its manifest; samples stay as they are.
+
+    All shards are of one format, and no uid may occur twice.
+    """
+    counts = _FORMATS[pieces[0][0].format].concatenate(pieces, out, name, uid)
+    counts.facts["files"] = [f"{name}.manifest.parquet"]
     return counts
 
 

@@ -1,76 +1,24 @@
-"""Webdataset tars: one pass over the headers, and a rewriter that copies byte ranges.
+"""Webdataset tars: samples as views into the mapped file, and a rewriter that copies byte ranges.
 
-The scan reads USTAR, PAX and GNU names itself, because img2dataset's tars have a PAX header before every member
-(webdataset writes fractional times) and Python's `tarfile` is 12 times slower; it is fuzzed against `tarfile` and
-refuses what it is not sure of. A tar rebuilt from names and contents would change every header: ranges change none.
+A tar rebuilt from names and contents would change every header; ranges change none, and need no decoding. They are
+written from the mapped file: `copy_file_range` was measured to be no faster, since the bytes are read to be hashed.
 """
 
 import hashlib
-import re
+import itertools
+import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import IO, NamedTuple
-from zlib import adler32
+from typing import IO
 
 import numpy as np
 
-from pipeline.errors import InputError
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.reading import WINDOW, Mapping, read_ahead
 from pipeline.shards.sample import IMAGE_SUFFIXES, Counts, Sample, UidRule, check_unique, published_uid, uid_of
+from pipeline.shards.scan import BLOCK, Record, padded, records
 from pipeline.shards.store import Shard, join, whole
-
-BLOCK = 512
-MAX_MEMBERS = 2_000_000
-MAX_SAMPLE_BYTES = 128 * 1024**2
-MAX_EXTENDED_BYTES = 1024**2  # of a PAX or GNU name header
-MAX_PADDING = 64 * 1024**2  # zeros behind the end of the archive
-# Members that common loaders would execute. They are refused, not carried along to the next reader.
-_EXECUTABLE = frozenset(("pickle", "pkl", "pyd", "pt", "pth", "jl", "joblib"))
-_ZEROS = bytes(BLOCK)
-_REGULAR, _DIRECTORY, _EXTENDED, _GLOBAL = b"0\x007", ord("5"), b"xXgLK", ord("g")
-_PAX = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
-
-_Entry = tuple[bytes, int, int, int]  # name, start of its headers, start and end of its content
-
-
-class Record(NamedTuple):
-    """A sample as byte offsets. `parts` are (suffix, start and end of content) in file order."""
-
-    key: str
-    start: int
-    end: int
-    parts: list[tuple[str, int, int]]
-
-
-def records(path: str, tar: Mapping) -> Iterator[Record]:
-    """Neighbours that share a key; a suffix seen twice starts a new sample (LAION has such pairs at shard borders).
-
-    A key runs to the first dot of the base name, as webdataset has it. What lies between two records belongs to none
-    (directory entries and the like). The content of a yielded record can be touched safely.
-    """
-    suffixes: dict[bytes, str] = {}  # those that were looked at already
-    parts: list[tuple[str, int, int]] = []
-    key, begin, seen = b"", 0, set[str]()
-    for name, start, data, end in _entries(path, tar):
-        dot = name.find(b".", name.rfind(b"/") + 1)
-        stem, raw = (name[:dot], name[dot + 1 :]) if dot >= 0 else (name, b"")
-        suffix = suffixes.get(raw)
-        if suffix is None:
-            suffix = suffixes[raw] = _checked(path, name, raw, start)
-        if stem != key or suffix in seen or not parts:
-            if parts:
-                yield Record(_text(key), begin, _padded(parts[-1][2]), parts)
-            if stem.startswith(b"/") or b".." in stem.split(b"/"):
-                raise InputError(f"{path}: member {_text(name)!r} at byte {start} points outside the shard; refused")
-            key, begin, seen, parts = stem, start, set(), []
-        seen.add(suffix)
-        parts.append((suffix, data, end))
-        if end - begin > MAX_SAMPLE_BYTES:
-            raise InputError(f"{path}: sample {_text(key)!r} has more than {MAX_SAMPLE_BYTES} bytes; refused")
-    if parts:
-        yield Record(_text(key), begin, _padded(parts[-1][2]), parts)
 
 
 def samples(shard: Shard, uid: UidRule) -> Iterator[Sample]:
@@ -125,22 +73,19 @@ def rewrite(
     shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule, dropped: str | None
 ) -> Counts:
     counts = Counts(output=shard.output)
-    clock, spent_editing = time.perf_counter(), 0.0
-    tar = Mapping(shard.path)
-    before, between, read = hashlib.sha256(), hashlib.sha256(), []
+    clock, spent_editing, before = time.perf_counter(), 0.0, hashlib.sha256()
+    tar, seen = Mapping(shard.path), list[str]()
     with ExitStack() as files:
         kept = _Sink(files.enter_context(whole(join(out, shard.output))), tar.view)
         rest = _Sink(files.enter_context(whole(join(dropped, shard.output))), tar.view) if dropped else None
         sinks = (kept, rest) if rest else (kept,)
         position = 0
         for record in records(shard.path, tar):
-            if record.start > position:  # directory entries, global headers: both shards may need them
-                between.update(tar.view[position : record.start])
-                for sink in sinks:
-                    sink.copy(position, record.start)
+            for sink in sinks:
+                sink.between(position, record.start)
             position = record.end
             sample = _sample(shard, tar.view, record, uid)
-            read.append(sample.uid)
+            seen.append(sample.uid)
             tick = time.perf_counter()
             after = edit(sample)
             spent_editing += time.perf_counter() - tick
@@ -155,15 +100,13 @@ def rewrite(
             else:
                 counts.changed += 1
                 kept.changed(record, sample, after)
-        check_unique(read, shard.path)
-        between.update(tar.view[position:])
-        before.update(between.digest())
+        check_unique(seen, shard.path)
         for sink in sinks:
-            sink.copy(position, tar.size)
-            sink.flush()
-            sink.manifest.between = between.digest()
-    counts.read, counts.out, counts.input_sha256 = len(read), len(kept.manifest.uids), before.hexdigest()
+            sink.between(position, tar.size)
+            sink.finish()
     kept.manifest.save(out, shard.name)
+    before.update(kept.manifest.between)
+    counts.read, counts.out, counts.input_sha256 = len(seen), len(kept.manifest.uids), before.hexdigest()
     counts.output_sha256, counts.output_bytes = kept.manifest.sha256, kept.written
     if rest and dropped:
         rest.manifest.save(dropped, shard.name)
@@ -173,30 +116,60 @@ def rewrite(
     return counts
 
 
+def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, uid: UidRule) -> Counts:
+    counts, clock = Counts(output=f"{name}.tar"), time.perf_counter()
+    with whole(join(out, counts.output)) as file:
+        sink = _Sink(file, memoryview(b""))
+        for shard, first, n in pieces:
+            tar, position = Mapping(shard.path), 0
+            sink.source = tar.view
+            for i, record in enumerate(itertools.islice(records(shard.path, tar), first + n)):
+                if i >= first:
+                    sink.between(position, record.start)
+                    digests, image = _digests(tar.view, record)
+                    sink.record(record, _sample(shard, tar.view, record, uid).uid, digests, image)
+                position = record.end
+            sink.flush()
+        end = 2 * BLOCK + -(sink.written + 2 * BLOCK) % tarfile.RECORDSIZE
+        sink.source = memoryview(bytes(end))
+        sink.between(0, end)
+        sink.finish()
+    check_unique(sink.manifest.uids, join(out, counts.output))
+    sink.manifest.save(out, name)
+    counts.read = counts.out = len(sink.manifest.uids)
+    counts.output_sha256, counts.output_bytes = sink.manifest.sha256, sink.written
+    counts.seconds["write"] = time.perf_counter() - clock
+    return counts
+
+
 class _Sink:
     """A tar in the making: joins neighbouring ranges into large writes, and notes what every sample hashes to."""
 
     def __init__(self, file: IO[bytes], source: memoryview):
         self.file, self.source = file, source
         self.manifest, self.written = Manifest(), 0
+        self._between = hashlib.sha256()
         self._from = self._to = 0
 
     def record(self, record: Record, uid: str, digests: bytes, image: tuple[int, int]) -> None:
         """Copy a sample as it is."""
-        start, end = record.start, record.end
+        shift = self._copy(record.start, record.end)
+        start, end = record.start + shift, record.end + shift
+        self.manifest.add(uid, record.key, digests, (start, image[0] + shift, image[1] + shift, end))
+
+    def between(self, start: int, end: int) -> None:
+        """Copy what belongs to no sample: directory entries, global headers, the end blocks."""
+        if start < end:
+            self._between.update(self.source[start:end])
+            self._copy(start, end)
+
+    def _copy(self, start: int, end: int) -> int:
+        """Returns how much further back in the output the range lies."""
         if start != self._to or end - self._from > WINDOW:
             self.flush()
             self._from = start
-        shift = self.written - self._from
         self._to = end
-        self.manifest.add(uid, record.key, digests, (start + shift, image[0] + shift, image[1] + shift, end + shift))
-
-    def copy(self, start: int, end: int) -> None:
-        """Copy what belongs to no sample."""
-        if start != self._to:
-            self.flush()
-            self._from = start
-        self._to = end
+        return self.written - self._from
 
     def changed(self, record: Record, before: Sample, after: Sample) -> None:
         """Write a sample some of whose parts are new; its other members are copied, headers and padding included."""
@@ -205,7 +178,7 @@ class _Sink:
         image, rest = hashlib.sha256(), hashlib.sha256()
         begin, position = self.written, record.start
         for suffix, data, end in record.parts:
-            content, next_position = after.parts[suffix], _padded(end)
+            content, next_position = after.parts[suffix], padded(end)
             header, padding = bytes(self.source[position:data]), bytes(self.source[end:next_position])
             if content is not before.parts[suffix]:
                 header, padding = _resized(header, len(content)), bytes(-len(content) % BLOCK)
@@ -226,133 +199,9 @@ class _Sink:
         self.written += self._to - self._from
         self._from = self._to
 
-
-def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
-    """The regular members: name, start of their headers, start and end of their content. Raises InputError."""
-    view, total = tar.view, tar.size
-    start = offset = reached = count = 0
-    long_name = b""  # from a PAX or GNU header before the member; of two, the first holds
-    while True:
-        data = offset + BLOCK
-        if data > reached:
-            reached = tar.reach(data, reached)
-        header = bytes(view[offset:data])
-        if not header[:1].strip(b"\0") and header == _ZEROS and start == offset:
-            return _check_padding(path, tar, offset, reached)
-        if data > total:
-            raise InputError(f"{path}: truncated at byte {total} (no end-of-archive blocks); fetch the shard again")
-        size, kind = _size(path, header, offset), header[156]
-        end = data + size
-        offset = (end + 511) & -BLOCK
-        if offset > reached:
-            if offset > total:
-                where = f"byte {total} inside {_text(_name(header))!r}"
-                raise InputError(f"{path}: truncated at {where}; fetch the shard again")
-            reached = tar.reach(offset, reached)
-        if kind in _REGULAR:
-            name = long_name or _name(header)
-            if kind or not name.endswith(b"/"):  # before POSIX, that was a directory
-                count += 1
-                yield name, start, data, end
-            start, long_name = offset, b""
-        elif kind == _DIRECTORY:
-            start, long_name = offset, b""
-        elif kind in _EXTENDED:
-            long_name = long_name or _extended(path, kind, bytes(view[data:end]), data)
-            start = offset if kind == _GLOBAL else start
-        else:
-            what = "a link or a device" if kind in b"12346" else f"of kind {chr(kind)!r}, no plain file"
-            raise InputError(f"{path}: member {_text(_name(header))!r} at byte {start} is {what}; refused")
-        if count > MAX_MEMBERS:
-            raise InputError(f"{path}: more than {MAX_MEMBERS} members; split the shard")
-
-
-def _size(path: str, header: bytes, offset: int) -> int:
-    """Bytes of content behind a header, whose checksum is verified and whose size is within bounds."""
-    # The low half of Adler-32 is the sum of the bytes modulo 65521: exact for ASCII, and far faster than a sum.
-    fields = header[:148] + b"        " + header[156:]
-    found = (adler32(fields) & 0xFFFF) - 1 if fields.isascii() else sum(fields)
-    stored, field = header[148:156].strip(b"\0 "), header[124:136].strip(b"\0 ")
-    try:
-        if not stored.isdigit() or ((checksum := int(stored, 8)) != found and checksum != _signed(fields)):
-            raise ValueError
-        if field.isdigit() or not field:
-            size = int(field or b"0", 8)
-        elif header[124] == 0x80:  # GNU: a number too large for octal digits
-            size = int.from_bytes(header[125:136], "big")
-        else:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"{path}: broken tar header at byte {offset}; fetch the shard again") from None
-    if size > MAX_EXTENDED_BYTES:
-        kind = header[156]
-        if kind == _DIRECTORY:
-            return 0  # an allowance, no content
-        limit = MAX_EXTENDED_BYTES if kind in _EXTENDED else MAX_SAMPLE_BYTES
-        if size > limit:
-            raise InputError(f"{path}: member {_text(_name(header))!r} has {size} bytes, more than {limit}; refused")
-    return size if header[156] != _DIRECTORY else 0
-
-
-def _signed(fields: bytes) -> int:
-    """The checksum of old tars that summed signed characters."""
-    return sum(fields) - 256 * sum(byte > 127 for byte in fields)
-
-
-def _extended(path: str, kind: int, content: bytes, offset: int) -> bytes:
-    """The name that a PAX or GNU header gives to the member behind it, if it does."""
-    if kind == ord("L"):
-        return content.split(b"\0", 1)[0]
-    name, position = b"", 0
-    while kind != ord("K") and position < len(content) and content[position]:  # K: of a link, refused when it comes
-        match = _PAX.match(content, position)
-        end = position + int(match[1]) if match else 0
-        if not match or not match.end() < end <= len(content) or content[end - 1] != 10:
-            raise InputError(f"{path}: broken PAX header at byte {offset}; fetch the shard again")
-        keyword, value = match[2], content[match.end() : end - 1]
-        if keyword == b"path" and kind != _GLOBAL:
-            name = value.split(b"\0", 1)[0]
-        elif keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse"):
-            what = "is sparse, restates its size or names all members alike"
-            raise InputError(f"{path}: the PAX header at byte {offset} {what}; refused")
-        position = end
-    return name
-
-
-def _check_padding(path: str, tar: Mapping, start: int, reached: int) -> None:
-    """Behind the end of the archive there may be zeros only: anything else would be smuggled through."""
-    if tar.size - start > MAX_PADDING:
-        raise InputError(f"{path}: {tar.size - start} bytes behind the end of the archive at byte {start}; refused")
-    zeros = bytes(WINDOW)
-    for at in range(start, tar.size, WINDOW):
-        end = min(at + WINDOW, tar.size)
-        reached = tar.reach(end, reached)
-        if tar.view[at:end] != zeros[: end - at]:
-            raise InputError(f"{path}: there is data behind the end of the archive at byte {start}; refused")
-
-
-def _padded(offset: int) -> int:
-    return (offset + 511) & -BLOCK
-
-
-def _name(header: bytes) -> bytes:
-    end = header.find(b"\0", 0, 100)
-    name = header[: end if end >= 0 else 100]
-    if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _checked(path: str, name: bytes, raw: bytes, start: int) -> str:
-    """The suffix in lower case, if it is harmless."""
-    suffix = _text(raw).lower()
-    if not _EXECUTABLE.isdisjoint(suffix.split(".")):
-        raise InputError(f"{path}: member {_text(name)!r} at byte {start} could be executed by its reader; refused")
-    return suffix
+    def finish(self) -> None:
+        self.flush()
+        self.manifest.between = self._between.digest()
 
 
 def _sample(shard: Shard, tar: memoryview, record: Record, rule: UidRule) -> Sample:

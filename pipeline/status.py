@@ -1,0 +1,88 @@
+"""How far is a job? From the files in OUT alone, so from any machine, during the run or after it died.
+
+Trade-off: nothing is asked of Ray or of the driver, so what is between two markers is not seen.
+"""
+
+import fcntl
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.arguments import Out
+from pipeline.errors import InputError
+from pipeline.progress import console
+from pipeline.shard_map import RUN
+from pipeline.shards.store import absolute, exists, glob, is_url, join, view
+
+RECENT = 200  # shards that the rate is measured over
+AT_ONCE = 16  # files read side by side: an object store answers slowly, but many at once
+
+
+def status(out: Out, /) -> int:
+    """Say how much of the job that writes to OUT is done, how fast it goes, and what failed. Exit code 1 until all is.
+
+    Args:
+        out: folder that poison, embed, score, filter, compact, manifest or verify writes to.
+    """
+    out = absolute(out)
+    if not exists(join(out, RUN)):
+        raise InputError(f"{join(out, RUN)}: no such file; is {out} the OUT of a job?")
+    run = _json(join(out, RUN))
+    with ThreadPoolExecutor(AT_ONCE) as readers:
+        markers = [m for m in readers.map(_json, glob(join(out, "*.stats.json"))) if m.get("job") == run.get("job")]
+    current = [m for m in markers if (m["spec_digest"], m["code"]) == (run["spec_digest"], run["code"])]
+    total, done = run["shards"], len(current)
+    spec = ", ".join(f"{k}={v}" for k, v in run["spec"].items() if v not in ("", None))
+    console.print(f"{run['job']}: {done:,} of {total:,} shards ({100 * done / max(total, 1):.1f}%)   {spec}")
+    sums = {name: sum(m[name] for m in current) for name in ("read", "out", "dropped", "failed", "changed")}
+    console.print("  samples: " + ", ".join(f"{n:,} {name}" for name, n in sums.items() if n or name == "read"))
+    if current:
+        console.print("  " + _pace(current, total - done))
+    failures = glob(join(out, "*.failed.txt"))
+    for path in failures:
+        console.print(f"  failed: {bytes(view(path)).decode(errors='replace')}")
+    if others := len(markers) - done:
+        console.print(f"  {others:,} more shards there are of an earlier spec or code and will be made again")
+    if done < total and not is_url(out):
+        console.print(
+            "  a run is writing here" if _locked(out) else "  nobody is writing here: the same command goes on"
+        )
+    return int(done < total)
+
+
+def _pace(markers: list[dict[str, Any]], left: int) -> str:
+    recent = sorted(markers, key=lambda m: m["finished"])[-RECENT:]
+    seconds = recent[-1]["finished"] - recent[0]["finished"]
+    ago = f"last shard {time.time() - recent[-1]['finished']:,.0f} s ago"
+    if len(recent) < 2 or seconds <= 0:
+        return ago
+    pace = f"{sum(m['read'] for m in recent[1:]) / seconds:,.0f} samples/s over the last {len(recent)} shards, {ago}"
+    return pace + (f", {left * seconds / (len(recent) - 1):,.0f} s left at that pace" if left else "")
+
+
+def _locked(out: str) -> bool:
+    path = Path(out) / ".lock"
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _json(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(bytes(view(path)))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("status")
