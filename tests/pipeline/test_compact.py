@@ -81,7 +81,7 @@ def test_status_from_the_files_alone(tars, tmp_path, capsys):
     whole = broken.read_bytes()
     broken.write_bytes(whole[:5000])
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="is .* the OUT of a job"):
+    with pytest.raises(InputError, match="the OUT of a job"):
         status(str(out))
     assert poison(str(tars), str(out), attack=PATCH, dose="5", max_failed_shards=1) == 0
     capsys.readouterr()

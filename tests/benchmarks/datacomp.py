@@ -1,0 +1,75 @@
+"""DataComp's resharder as its authors run it: their script, their pinned webdataset, a venv of its own.
+
+Nothing of it is kept here: a clone is named, or fetched at run time.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.shards import Shard, manifest
+
+SOURCE = "https://github.com/mlfoundations/datacomp"
+PACKAGES = "webdataset==0.2.31 img2dataset pysimdjson cloudpathlib opencv-python-headless pyarrow numpy setuptools"
+
+
+def resharder(shards: list[Shard], folder: Path, clone: str | None, ours: float) -> dict[str, float | None]:
+    """Samples/s that it drops the same tenth at, on all cores, and how many times faster `ours` samples/s are."""
+    from tests.benchmarks.rewrite import say, tenth
+
+    try:
+        script, python = _script(folder, clone), _python(folder)
+    except (subprocess.SubprocessError, OSError) as error:
+        say(f"  DataComp's resharder was not measured: {error}; --datacomp names a clone")
+        return {"times_datacomp": None, "datacomp_samples_s": None}
+    source, read = Path(shards[0].path).parent, 0
+    kept: list[tuple[int, int]] = []
+    for shard in shards:
+        found = manifest(shard)
+        read += len(found.uids)
+        (source / f"{shard.name}_stats.json").write_text(json.dumps({"successes": len(found.uids)}))
+        pairs = zip(found.uids, found.keys, strict=True)
+        kept += [(int(uid[:16], 16), int(uid[16:], 16)) for uid, key in pairs if not tenth(key)]
+    np.save(folder / "subset.npy", np.asarray(sorted(kept), np.dtype("u8,u8")))
+    out, cores = folder / "datacomp", str(os.cpu_count())
+    command = [python, str(script), "-i", str(source), "-o", str(out), "-s", str(folder / "subset.npy"), "-j", cores]
+    clock = time.perf_counter()
+    done = subprocess.run(
+        [*command, "-n", str(len(shards))], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
+    )
+    seconds = time.perf_counter() - clock
+    if done.returncode or not list(out.glob("*.tar")):
+        say(f"  DataComp's resharder failed:\n{done.stdout[-2000:]}")
+        return {"times_datacomp": None, "datacomp_samples_s": None}
+    say(f"  DataComp's resharder: {read / seconds:,.0f} samples/s on all cores")
+    return {"times_datacomp": ours * seconds / read, "datacomp_samples_s": read / seconds}
+
+
+def _script(folder: Path, clone: str | None) -> Path:
+    if clone is None:
+        clone = str(folder / "clone")
+        command = ["git", "clone", "--quiet", "--depth", "1", SOURCE, clone]
+        subprocess.run(command, check=True, timeout=120, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+    script = Path(clone) / "resharder.py"
+    if not script.exists():
+        raise FileNotFoundError(f"{script}: no such file")
+    return script
+
+
+def _python(folder: Path) -> str:
+    """A venv with what the script imports; kept from run to run, since it holds nothing else."""
+    name = hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]
+    venv = Path(folder).parent / f"mithridate-datacomp-{name}"
+    python = venv / "bin/python"
+    if not (venv / "done").exists():
+        uv = [sys.executable, "-m", "uv"]
+        subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
+        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(python), *PACKAGES.split()], check=True)
+        (venv / "done").touch()
+    return str(python)
