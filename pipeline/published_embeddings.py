@@ -120,15 +120,14 @@ def make_index(published: Published, out: str) -> Index:
     markers = shard_map(Job("index", {"source": published.model}, out), metadata, _index_partition, published)
     dimensions = {m["facts"]["dimension"]: m["output"] for m in markers}
     if len(dimensions) > 1:
-        found = ", ".join(f"{d} ({name})" for d, name in dimensions.items())
-        raise InputError(f"{out}: partitions have embeddings of different widths: {found}; publish one model a folder")
+        raise InputError(f"{out}: partitions have different widths {dimensions}; they must be of one model")
     rows = sum(m["read"] for m in markers)
     if blind := sum(m["read"] for m in markers if not m["facts"]["witnesses"]):
         console.print(f"  alignment of {blind:,} of {rows:,} rows rests on row counts: nothing repeats in the metadata")
     index = Index(out, next(iter(dimensions)), not any(m["facts"]["uid"] for m in markers), np.empty((2, 0), np.uint64))
     repeated = _repeated_uids(index, [partition.name for partition in published.partitions], rows)
     if repeated.shape[1] > MAX_DISAGREEMENT * rows:
-        raise InputError(f"{out}: {repeated.shape[1]:,} uids repeat in {rows:,} published rows; publish unique keys")
+        raise InputError(f"{out}: {repeated.shape[1]:,} uids repeat in {rows:,} published rows; make the keys unique")
     return Index(out, index.dimension, index.by_key, repeated)
 
 
@@ -246,6 +245,7 @@ def _index_partition(shard: Shard, out: str, published: Published) -> Counts:
     partition = next(p for p in published.partitions if p.name == shard.name)
     rows = _metadata(shard.path, published)
     counts = Counts(read=len(rows.caption), out=len(rows.caption), output=f"{shard.name}.npy")
+    counts.input_sha256 = hashlib.sha256(view(shard.path)).hexdigest()  # here, as it is no shard of samples
     image, text = partition.image.open(), partition.text.open()
     for matrix in (image, text):
         if len(matrix.values) != counts.read:

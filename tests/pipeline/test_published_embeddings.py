@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from conftest import contents, pairs, write_parquet, write_tar
 from pipeline import published_embeddings
 from pipeline.embed import embed, embeddings_path, read_embeddings
 from pipeline.errors import InputError
-from pipeline.published_embeddings import find, find_published, make_index
+from pipeline.published_embeddings import PublishedModel, find, find_published, make_index
 from pipeline.score import read_scores, score
 from pipeline.shard_map import ShardsFailed
 from pipeline.shards import list_shards, samples
@@ -74,7 +75,8 @@ def datacomp(folder: Path, rows: list[dict], save=np.savez) -> Path:
     for low, high in PARTITIONS:
         part = rows[low:high]
         stem = folder / "metadata" / hashlib.md5(str(low).encode()).hexdigest()
-        arrays, scores = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        scores: dict[str, np.ndarray] = {}
         for model, width in (("b32", WIDTH), ("l14", 2 * WIDTH)):
             image, text = embeddings(part, model, width)
             arrays |= {f"{model}_img": 8 * image, f"{model}_txt": 8 * text}
@@ -100,6 +102,12 @@ def check_all_found(shards: Path, out: Path, rows: list[dict], model: str = "", 
         assert found.uid.tolist() == [sample.uid for sample in samples(shard)]
         np.testing.assert_array_equal(found.image, scale * image[here].astype(np.float32))
         np.testing.assert_array_equal(found.text, scale * text[here].astype(np.float32))
+
+
+def nan_rows(path: Path) -> list[int]:
+    found = read_embeddings(str(path))
+    np.testing.assert_array_equal(np.isnan(found.image), np.isnan(found.text))
+    return np.flatnonzero(np.isnan(found.image).all(1)).tolist()
 
 
 def markers(out: Path) -> list[dict]:
@@ -141,7 +149,7 @@ def test_another_source_is_another_model(shards, rows, tmp_path):
     folder, out = clip_retrieval(tmp_path / "theirs", rows), tmp_path / "out"
     embed(str(shards), str(out), published=str(folder))
     first = read_embeddings(str(out / "00000000.embeddings.parquet"))
-    _rewrite(folder / "img_emb/img_emb_00.npy", np.negative)
+    _rewritten(np.negative)(folder / "img_emb/img_emb_00.npy")
     embed(str(shards), str(out), published=str(folder))
     second = read_embeddings(str(out / "00000000.embeddings.parquet"))
     assert first.model != second.model
@@ -151,22 +159,22 @@ def test_another_source_is_another_model(shards, rows, tmp_path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_datacomp_has_two_models_in_stored_and_compressed_archives(rows, tmp_path, save):
     shards, folder = write_shards(tmp_path / "shards", with_uids(rows)), datacomp(tmp_path / "theirs", rows, save)
-    for model, width, chosen in (("l14", 2 * WIDTH, None), ("b32", WIDTH, "b32")):
-        embed(str(shards), str(tmp_path / model), published=str(folder), model=chosen)
+    models: dict[PublishedModel, int] = {"l14": 2 * WIDTH, "b32": WIDTH}
+    for model, width in models.items():
+        embed(str(shards), str(tmp_path / model), published=str(folder), model=None if model == "l14" else model)
         check_all_found(shards, tmp_path / model, rows, model, width, scale=8)
         found = read_embeddings(str(tmp_path / model / "00000000.embeddings.parquet"))
         assert found.model.startswith(f"datacomp/{model}:")
 
 
 def test_parquet_shards_are_served_too(rows, tmp_path):
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    for i in range(0, 60, 20):
-        write_parquet(shards / f"{i // 20:08d}.parquet", rows[i : i + 20])
+    (tmp_path / "shards").mkdir()
     for row in rows:
         row["meta"]["uid"] = f"{int(row['key']):032x}"
-    embed(str(shards), str(tmp_path / "out"), published=str(datacomp(tmp_path / "theirs", rows)), model="b32")
-    assert [m["out"] for m in markers(tmp_path / "out")] == [20, 20, 20]
+    write_parquet(tmp_path / "shards/00000000.parquet", rows)
+    folder = datacomp(tmp_path / "theirs", rows)
+    embed(str(tmp_path / "shards"), str(tmp_path / "out"), published=str(folder), model="b32")
+    assert markers(tmp_path / "out")[0]["out"] == 60
 
 
 def test_metadata_without_uids_is_joined_by_key(shards, rows, tmp_path):
@@ -183,10 +191,8 @@ def test_pairs_without_a_published_row_are_nan_counted_and_scored_as_such(shards
     embed(str(shards), str(tmp_path / "out"), published=str(folder))
     said = capsys.readouterr().err
     assert "57 of 60 pairs found" in said and "3 x not published" in said
-    middle = markers(tmp_path / "out")[1]
-    assert (middle["read"], middle["out"], middle["failed"]) == (20, 17, 3)
-    found = read_embeddings(str(tmp_path / "out/00000001.embeddings.parquet"))
-    assert np.flatnonzero(np.isnan(found.image).all(1) & np.isnan(found.text).all(1)).tolist() == [5, 6, 7]
+    assert [(m["read"], m["out"], m["failed"]) for m in markers(tmp_path / "out")][1] == (20, 17, 3)
+    assert nan_rows(tmp_path / "out/00000001.embeddings.parquet") == [5, 6, 7]
     score(str(shards), str(tmp_path / "scores"), detector=("clip_score",), embeddings=str(tmp_path / "out"), pool=32)
     assert sum(m["facts"]["unscored"]["clip_score()"] for m in markers(tmp_path / "scores")) == 3
 
@@ -205,8 +211,7 @@ def test_a_changed_caption_has_no_published_embedding(rows, tmp_path, capsys):
     embed(str(shards), str(tmp_path / "out"), published=str(folder))
     assert "59 of 60 pairs found" in (said := capsys.readouterr().err)
     assert "1 x published for another caption" in said
-    found = read_embeddings(str(tmp_path / "out/00000001.embeddings.parquet"))
-    assert np.flatnonzero(np.isnan(found.text).any(1)).tolist() == [10]
+    assert nan_rows(tmp_path / "out/00000001.embeddings.parquet") == [10]
 
 
 def test_captions_that_disagree_are_a_misalignment(rows, tmp_path):
@@ -224,13 +229,17 @@ def test_a_uid_published_twice_serves_nobody_wherever_its_rows_lie(shards, rows,
     folder = clip_retrieval(tmp_path / "theirs", again, ((0, 25), (25, 51), (51, 61)))
     embed(str(shards), str(tmp_path / "out"), published=str(folder))
     assert "1 x published more than once" in capsys.readouterr().err
-    found = read_embeddings(str(tmp_path / "out/00000000.embeddings.parquet"))
-    assert np.flatnonzero(np.isnan(found.text).any(1)).tolist() == [2]
-    once = make_index(find_published(str(folder), None), str(tmp_path / "index"))
-    monkeypatch.setattr(published_embeddings, "MAX_ROWS", 32)  # now in two ranges
-    twice = make_index(find_published(str(folder), None), str(tmp_path / "index"))
-    np.testing.assert_array_equal(once.repeated, twice.repeated)
-    assert once.repeated.shape == (2, 1)
+    assert nan_rows(tmp_path / "out/00000000.embeddings.parquet") == [2]
+    whole = make_index(find_published(str(folder), None), str(tmp_path / "index"))
+    monkeypatch.setattr(published_embeddings, "MAX_ROWS", 32)
+    in_two_ranges = make_index(find_published(str(folder), None), str(tmp_path / "index"))
+    assert whole.repeated.tolist() == in_two_ranges.repeated.tolist() != [[], []]
+
+
+def test_keys_that_repeat_throughout_are_refused(shards, rows, tmp_path):
+    folder = clip_retrieval(tmp_path / "theirs", [*rows, *rows[:4]], ((0, 25), (25, 64)))
+    with pytest.raises(InputError, match="4 uids repeat in 64 published rows"):
+        embed(str(shards), str(tmp_path / "out"), published=str(folder))
 
 
 def test_uids_that_share_their_first_half_are_told_apart():
@@ -239,12 +248,9 @@ def test_uids_that_share_their_first_half_are_told_apart():
     assert find(table, wanted).tolist() == [2, 3, -1, -1, 0, 4, -1, -1]
 
 
-def _rewrite(path: Path, change) -> None:
-    np.save(path, change(np.load(path)))
-
-
-def _rolled(matrix: np.ndarray) -> np.ndarray:
-    return np.roll(matrix, 1, axis=0)
+def _rewritten(change):
+    """What damages an .npy file by a function of its matrix."""
+    return lambda path: np.save(path, change(np.load(path)))
 
 
 def _with_nan(matrix: np.ndarray) -> np.ndarray:
@@ -252,8 +258,11 @@ def _with_nan(matrix: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _torn(folder: Path) -> None:
-    path = folder / "text_emb/text_emb_01.npy"
+def _rolled(matrix: np.ndarray) -> np.ndarray:
+    return np.roll(matrix, 1, axis=0)
+
+
+def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
 
@@ -261,34 +270,27 @@ def _shuffled(path: Path) -> None:
     pd.read_parquet(path).sample(frac=1, random_state=0).reset_index(drop=True).to_parquet(path)
 
 
-def _image(change):
-    return lambda folder: _rewrite(folder / "img_emb/img_emb_01.npy", change)
-
-
+IMAGES, TEXTS, METADATA = "img_emb/img_emb_01.npy", "text_emb/text_emb_01.npy", "metadata/metadata_01.parquet"
 BROKEN = {
-    "torn": (_torn, r"text_emb_01\.npy: torn: 926 bytes, but its header says 928"),
-    "one row dropped": (
-        _image(lambda m: np.delete(m, 3, 0)),
-        r"img_emb_01\.npy: 24 rows, but .*_01\.parquet has 25",
-    ),
-    "shuffled parquet": (lambda f: _shuffled(f / "metadata/metadata_01.parquet"), r"repeats a caption, the embeddings"),
-    "shifted text": (lambda f: _rewrite(f / "text_emb/text_emb_01.npy", _rolled), "misaligned"),
-    "shifted images": (lambda f: _rewrite(f / "img_emb/img_emb_00.npy", _rolled), "repeats an image's sha256"),
-    "not finite": (_image(_with_nan), r"row 4 is not finite"),
-    "too large for halves": (_image(lambda m: 1e6 * m.astype(np.float32)), "not finite in half precision"),
-    "not normalised": (_image(lambda m: m * 2), r"has length 2\.0.*, not 1"),
-    "no parquet": (lambda f: (f / "metadata/metadata_01.parquet").write_bytes(b"<html>"), "not a readable parquet"),
+    "torn": (TEXTS, _cut, r"emb_01\.npy: torn: 926 bytes, but its header says 928"),
+    "one row dropped": (IMAGES, _rewritten(lambda m: np.delete(m, 3, 0)), r"emb_01\.npy: 24 rows, but .* has 25"),
+    "shuffled parquet": (METADATA, _shuffled, "repeats a caption, the embeddings differ"),
+    "shifted texts": (TEXTS, _rewritten(_rolled), "misaligned"),
+    "shifted images": (IMAGES.replace("1", "0"), _rewritten(_rolled), "repeats an image's sha256"),
+    "not finite": (IMAGES, _rewritten(_with_nan), "row 4 is not finite"),
+    "too large": (IMAGES, _rewritten(lambda m: 1e6 * m.astype(np.float32)), "not finite in half precision"),
+    "not normalised": (IMAGES, _rewritten(lambda m: 2 * m), r"has length [12]\..*, not 1"),
+    "no parquet": (METADATA, lambda path: path.write_bytes(b"<html>"), "not a readable parquet"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_partition_is_refused_by_name(shards, rows, tmp_path, case):
     folder = clip_retrieval(tmp_path / "theirs", rows)
-    damage, message = BROKEN[case]
-    damage(folder)
-    with pytest.raises(ShardsFailed, match=message) as refused:
+    name, damage, message = BROKEN[case]
+    damage(folder / name)
+    with pytest.raises(ShardsFailed, match=message):
         embed(str(shards), str(tmp_path / "out"), published=str(folder))
-    assert refused.value.exit_code == 1
     assert not list((tmp_path / "out").glob("*.embeddings.parquet"))
 
 
@@ -296,7 +298,7 @@ def test_after_a_broken_partition_is_mended_the_same_command_finishes(shards, ro
     folder = clip_retrieval(tmp_path / "theirs", rows)
     path = folder / "text_emb/text_emb_01.npy"
     kept = path.read_bytes()
-    _torn(folder)
+    _cut(path)
     with pytest.raises(ShardsFailed, match="1 of 3 shards failed"):
         embed(str(shards), str(tmp_path / "out"), published=str(folder))
     path.write_bytes(kept)
@@ -304,19 +306,19 @@ def test_after_a_broken_partition_is_mended_the_same_command_finishes(shards, ro
     check_all_found(shards, tmp_path / "out", rows)
 
 
-def _gap(folder: Path) -> None:
-    for path in folder.glob("*/*_01.*"):
-        path.unlink()
+def _wider(folder: Path) -> None:
+    for name in (IMAGES, TEXTS):
+        _rewritten(lambda m: np.pad(m, ((0, 0), (0, 2))))(folder / name)
 
 
-UNLISTED = {
+UNLISTED: dict[str, tuple[Any, str]] = {
     "missing partner": (lambda f: (f / "text_emb/text_emb_02.npy").unlink(), r"partition 2 of 3 has no text_emb/"),
     "missing metadata": (lambda f: (f / "metadata/metadata_02.parquet").unlink(), r"partition 2 of 3 has no metadata/"),
-    "missing kind": (lambda f: shutil.rmtree(f / "text_emb"), r"partition 0 of 3 has no text_emb/"),
-    "gap": (_gap, r"partition 1 of 3 has no metadata/metadata_1\.parquet"),
+    "gap": (lambda f: [path.unlink() for path in f.glob("*/*_01.*")], r"partition 1 of 3 has no metadata/metadata_1\.parquet"),
     "two runs": (lambda f: shutil.copy(f / "img_emb/img_emb_01.npy", f / "img_emb/img_emb_1.npy"), "both partition 1"),
+    "two models": (_wider, r"different widths \{1[68]: .*, 1[68]: .*\}"),
     "neither": (lambda f: shutil.rmtree(f / "metadata"), "has no metadata/"),
-    "nothing": (lambda f: [shutil.rmtree(d) for d in f.iterdir()], "no published embeddings; expected"),
+    "nothing": (shutil.rmtree, "no published embeddings; expected"),
 }
 
 
@@ -346,16 +348,12 @@ def _changed(folder: Path, **arrays) -> None:
         np.savez(_npz(folder), **{**archive, **arrays})
 
 
-def _cut(folder: Path) -> None:
-    _npz(folder).write_bytes(_npz(folder).read_bytes()[:-100])
-
-
 DATACOMP = {
     "shuffled parquet": (lambda f: _shuffled(_npz(f).with_suffix(".parquet")), "cosines are not the similarities"),
     "one row dropped": (lambda f: _changed(f, b32_txt=np.load(_npz(f))["b32_txt"][1:]), "aligned by position"),
     "narrower": (lambda f: _changed(f, b32_txt=np.load(_npz(f))["b32_txt"][:, 1:]), "not as wide as"),
     "no such model": (lambda f: np.savez(_npz(f), l14_img=np.zeros((1, 2), np.float16)), "no array b32_img"),
-    "torn": (_cut, "not a whole .npz"),
+    "torn": (lambda f: _cut(_npz(f)), "not a whole .npz"),
     "no npz": (lambda f: _npz(f).unlink(), r"\.npz: no such file, but .*\.parquet is there"),
     "no parquet": (
         lambda f: _npz(f).with_suffix(".parquet").unlink(),
@@ -375,13 +373,11 @@ def test_datacomps_broken_files_are_refused(tmp_path, case):
 
 
 def test_witnesses_of_the_alignment_are_counted(rows, tmp_path, capsys):
-    folder = clip_retrieval(tmp_path / "theirs", pairs(0, 60))
-    make_index(find_published(str(folder), None), str(tmp_path / "index"))
-    assert [m["facts"]["witnesses"] for m in markers(tmp_path / "index")] == [0, 0, 0]
-    assert "alignment of 60 of 60 rows rests on row counts" in capsys.readouterr().err
-    folder = clip_retrieval(tmp_path / "others", rows)
-    make_index(find_published(str(folder), None), str(tmp_path / "other_index"))
-    assert [m["facts"]["witnesses"] for m in markers(tmp_path / "other_index")] == [2, 1, 0]
+    for name, crawled, blind, witnesses in (("none", pairs(0, 60), 60, [0, 0, 0]), ("some", rows, 10, [2, 1, 0])):
+        published = find_published(str(clip_retrieval(tmp_path / name, crawled)), None)
+        make_index(published, str(tmp_path / f"{name}_index"))
+        assert f"alignment of {blind} of 60 rows rests on row counts" in capsys.readouterr().err
+        assert [m["facts"]["witnesses"] for m in markers(tmp_path / f"{name}_index")] == witnesses
 
 
 @pytest.mark.parametrize(
