@@ -16,6 +16,7 @@ from pipeline import sidecars
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
+from pipeline.published_embeddings import Index, Published, PublishedModel, find_published, make_index, take
 from pipeline.shard_map import Job, shard_map
 from pipeline.shards import Counts, Rejected, Shard, UidRule, list_shards, samples
 from pipeline.shards.image import pixels
@@ -24,33 +25,67 @@ from pipeline.shards.store import absolute, join
 BATCH = 256
 
 
-def embed(shards: Shards, out: Out, /, *, checkpoint: str, uid: UidRule = "key") -> int:
-    """Embed SHARDS with a checkpoint; writes OUT/<shard>.embeddings.parquet (uid, image, text).
+def embed(
+    shards: Shards,
+    out: Out,
+    /,
+    *,
+    checkpoint: str | None = None,
+    published: str | None = None,
+    model: PublishedModel | None = None,
+    uid: UidRule = "key",
+) -> int:
+    """Embed SHARDS with a checkpoint, or look up what others published; writes OUT/<shard>.embeddings.parquet.
 
     Args:
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
         out: folder for the embeddings.
         checkpoint: a folder that `train` wrote, or open_clip:MODEL/PRETRAINED.
+        published: instead of a checkpoint, a folder of embeddings of these pairs: clip-retrieval's or DataComp's.
+        model: which of DataComp's two published models; default l14.
         uid: how a uid is derived where samples carry none; the same as when the shards were poisoned.
     """
+    if (checkpoint is None) == (published is None):
+        raise InputError("give either --checkpoint, to embed, or --published, to look up what others embedded")
+    listed, out = list_shards(shards), absolute(out)
+    if checkpoint is None:
+        return _look_up(listed, out, absolute(str(published)), model, uid)
+    if model:
+        raise InputError("--model chooses among published embeddings; name a model to embed with by --checkpoint")
     from train.model import load
 
-    listed, out = list_shards(shards), absolute(out)
     if not checkpoint.startswith("open_clip:"):
         checkpoint = absolute(checkpoint)
-    model = load(checkpoint)  # here only to fail early and to know the digest
-    job = Job("embed", {"model": model.digest, "uid": uid}, out)
-    markers = shard_map(job, listed, _Embed(checkpoint, model.digest, uid), gpu=True)
+    loaded = load(checkpoint)  # here only to fail early and to know the digest
+    job = Job("embed", {"model": loaded.digest, "uid": uid}, out)
+    markers = shard_map(job, listed, _Embed(checkpoint, loaded.digest, uid), gpu=True)
+    _report(markers, f"embedded with model {loaded.digest}")
+    return 0
+
+
+def _look_up(listed: list[Shard], out: str, folder: str, model: PublishedModel | None, uid: UidRule) -> int:
+    if uid != "key":
+        raise InputError(f"--uid {uid}: {folder} does not say which shard a row was in; only --uid key finds it")
+    published = find_published(folder, model)
+    index = make_index(published, join(out, "published_index"))
+    job = Job("embed", {"model": published.model, "uid": uid}, out)
+    markers = shard_map(job, listed, _take, published, index)
+    _report(markers, f"found among those published as {published.model}")
+    if not any(m["out"] for m in markers) and any(m["read"] for m in markers):
+        raise InputError(f"{folder}: none of these pairs is published here; are the keys those of the same dataset?")
+    return 0
+
+
+def _report(markers: list[dict[str, Any]], how: str) -> None:
     failed = sum(m["failed"] for m in markers)
     total = sum(m["read"] for m in markers)
-    console.print(f"{total - failed:,} of {total:,} pairs embedded with model {model.digest}")
+    console.print(f"{total - failed:,} of {total:,} pairs {how}")
     if failed:
         reasons: dict[str, int] = {}
         for marker in markers:
             for reason, n in marker["reasons"].items():
                 reasons[reason] = reasons.get(reason, 0) + n
-        console.print("  not embedded, most suspicious to every detector: " + _listed(reasons))
-    return 0
+        console.print("  without embeddings, most suspicious to every detector: " + _listed(reasons))
 
 
 @dataclass(frozen=True)
@@ -113,6 +148,14 @@ class _Embed:
             self.digest,
         )
         return counts
+
+
+def _take(shard: Shard, out: str, published: Published, index: Index) -> Counts:
+    counts = Counts(output=f"{shard.name}.embeddings.parquet")
+    uids, image, text = take(shard, published, index, counts)
+    counts.out = counts.read - counts.failed
+    _write(join(out, counts.output), uids, image, text, published.model)
+    return counts
 
 
 @dataclass
