@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 JOB = ["--attack", "patch(target='banana', size=24)", "--dose", "50%"]
 DRIVER, WORKER, NODE = "driver", "worker", "second node"
 SIDE = ("run.json", ".lock")
