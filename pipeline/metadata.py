@@ -265,13 +265,14 @@ class Index:
 
     `joins` maps uid, key and url to files of uint64 [2, n]: 64-bit prefixes in order, and their row numbers in `table`
     (the file itself, or a parquet copy of a text file). Rows without an image (status other than success) are not in
-    them; `rows` counts those that are."""
+    them; `rows` counts those that are, `size` all."""
 
     source: str
     table: str
     joins: dict[str, str]
     columns: list[str]
     rows: int
+    size: int
     invalid: dict[str, int]
 
 
@@ -309,12 +310,12 @@ def index(path: str, folder: str) -> Index:
         raise InputError(f"{path}: no uid, key or url to find a sample by; its columns are {', '.join(names)}")
     parts: dict[str, list[np.ndarray]] = {name: [] for name in joins}
     invalid: Counter[str] = Counter()
-    rows = 0
+    rows = size = 0
     is_text = not path.endswith(".parquet")
     for part in _copied(path, f"{base}.parquet") if is_text else read(path, (*joins, *EVIDENCE, "status")):
         invalid.update(part.invalid)
         good = _stored(part.table)
-        rows += int(good.sum())
+        rows, size = rows + int(good.sum()), size + len(good)
         for name in joins:
             at = np.flatnonzero(good & part.table.column(name).is_valid().to_numpy())
             texts = part.table.column(name).take(at).to_pylist()
@@ -322,7 +323,7 @@ def index(path: str, folder: str) -> Index:
     for name in joins:
         write_join(f"{base}.{name}.npy", parts[name])
     files = {name: f"{base}.{name}.npy" for name in joins}
-    made = Index(path, f"{base}.parquet" if is_text else path, files, list(names), rows, dict(invalid))
+    made = Index(path, f"{base}.parquet" if is_text else path, files, list(names), rows, size, dict(invalid))
     write(f"{base}.json", json.dumps(asdict(made)).encode())
     return made
 

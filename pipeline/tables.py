@@ -10,10 +10,13 @@ LAION's `hash` has no place here: it is mmh3 of url and text, and says nothing a
 import csv
 import hashlib
 import io
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from publicsuffixlist import PublicSuffixList
 
 IMAGE = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 CAPTION = ("txt", "caption", "text", "TEXT", "top_caption")
@@ -79,6 +83,16 @@ METADATA = {
     "md5": Column(("md5",), pattern="[0-9a-fA-F]{32}"),
     "status": Column(("status",)),
 }
+
+
+def said(meta: Mapping[str, Any], name: str) -> str:
+    """What a sample's json or row says under a canonical text column; empty unless it can be believed."""
+    spec = METADATA[name]
+    value = meta.get(column(list(meta), spec.aliases) or "")
+    if not isinstance(value, str) or len(value) > MAX_TEXT or (spec.pattern and not re.fullmatch(spec.pattern, value)):
+        return ""
+    text = value.encode("utf-8", "replace").decode()  # json can spell lone surrogates
+    return text.lower() if spec.pattern else text
 
 
 def column(names: list[str], aliases: tuple[str, ...]) -> str | None:
@@ -296,3 +310,25 @@ def _numbers(values: "pa.Array", spec: Column) -> tuple["pa.Array", Counter[str]
         good &= ~bad
     kind = np.int32 if spec.kind == "integer" else np.float32
     return pa.array(np.where(good, numbers, 0).astype(kind), mask=~good), +reasons
+
+
+@lru_cache(maxsize=65_536)
+def domain(url: str) -> str:
+    """The registrable domain of a URL: whoever owns it decides what all its hosts serve. Empty where there is none.
+
+    By the bundled public suffix list with its private part, so that `someone.blogspot.com` is a domain of its own: it
+    can be abandoned and taken like one. An IP address, or a name without a known suffix, stands for itself.
+    """
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+    is_address = ":" in host or host.replace(".", "").isdecimal()
+    return host if is_address else _suffixes().privatesuffix(host) or host
+
+
+@cache
+def _suffixes() -> "PublicSuffixList":
+    from publicsuffixlist import PublicSuffixList
+
+    return PublicSuffixList()
