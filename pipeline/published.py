@@ -368,7 +368,7 @@ def _print_domains(domains: "pl.DataFrame") -> None:
 
     from pipeline.report.text import one_line
 
-    table = _table("domain", "pairs", "mismatches", "unexplained", "different", "unexplained (95%)", "q")
+    table = _table("domain", "pairs", "mismatches", "unexplained", "different", "share (95%)", "q")
     for row in domains.filter(domains["unexplained"] > 0).head(SHOWN).iter_rows(named=True):
         counts = (f"{row[name]:,}" for name in ("samples", "mismatches", "unexplained", "different"))
         style = "bold red" if row["q_value"] < SUSPECT else ""

@@ -287,6 +287,14 @@ def test_parquet_shards(crawl, tmp_path):
     assert counts(tmp_path / "out") == {"different": 3, "reencoded": N - 3}
 
 
+def test_a_list_of_urls_without_hashes_decides_nothing(crawl, tmp_path, capsys):
+    crawl.replace(range(BOUGHT))
+    (tmp_path / "cc12m.tsv").write_text("".join(f"{m['url']}\t{m['caption']}\n" for m in crawl.metas[:200]))
+    assert published(crawl.write(), str(tmp_path / "cc12m.tsv"), str(tmp_path / "out"), "shard/key") == 0
+    assert counts(tmp_path / "out") == {"undecided": 200, "unpublished": 40}
+    assert "0 of 7 domains have more mismatches" in capsys.readouterr().err
+
+
 def test_metadata_that_knows_no_key_is_refused(crawl, tmp_path):
     pq.write_table(pa.table({"similarity": [0.1]}), tmp_path / "x.parquet")
     with pytest.raises(InputError, match=r"x\.parquet: no uid, key or url to find a sample by"):
