@@ -48,18 +48,35 @@ def verify(
     manifest: str | None = None,
     out: str | None = None,
     sha256: str | None = None,
+    published: str | None = None,
+    embeddings: str | None = None,
+    reference: str | None = None,
     uid: UidRule = "key",
 ) -> int:
     """Check SHARDS against their manifest and say which sample is not as it was. Exit code 1 if any is not.
 
+    With --published, check them instead against the hashes that their dataset ships: are these the images that its
+    curator saw? Mismatches are told apart (encoded again, another picture) and clustered by registrable domain.
+
     Args:
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
         manifest: folder of manifest.parquet; default: that of the shards.
-        out: folder for problems.parquet; with it, a check that was interrupted goes on where it was.
+        out: folder for problems.parquet, or for what --published finds; with it, an interrupted check goes on.
         sha256: of the whole dataset, as it was noted down elsewhere; a forged manifest does not pass it.
+        published: metadata of LAION, DataComp, COYO, … (parquet, csv, tsv) with sha256, md5 or perceptual hashes.
+        embeddings: for --published: folder that `embed` wrote for these shards, to compare similarities.
+        reference: for --published: shards of a trusted copy, to compare pictures.
         uid: how a uid is derived where samples carry none; the same as when the manifest was made.
     """
     listed = list_shards(shards)
+    if published:
+        from pipeline.published import published as check
+
+        if not out:
+            raise InputError("--published needs --out, a folder for what it finds")
+        return check(listed, published, out, uid, embeddings, reference)
+    if embeddings or reference:
+        raise InputError("--embeddings and --reference belong to --published")
     folder = absolute(manifest or listed[0].path.rpartition("/")[0] or ".")
     rows, digest = read_dataset(folder)
     if sha256 and sha256 != digest:

@@ -24,7 +24,7 @@ def resharder(shards: list[Shard], folder: Path, clone: str | None, ours: float)
     from tests.benchmarks.rewrite import say, tenth
 
     try:
-        script, python = _script(folder, clone), _python(folder)
+        resharder_py, interpreter = script(folder, clone), python(folder)
     except (subprocess.SubprocessError, OSError) as error:
         say(f"  DataComp's resharder was not measured: {error}; --datacomp names a clone")
         return {"times_datacomp": None, "datacomp_samples_s": None}
@@ -38,7 +38,18 @@ def resharder(shards: list[Shard], folder: Path, clone: str | None, ours: float)
         kept += [(int(uid[:16], 16), int(uid[16:], 16)) for uid, key in pairs if not tenth(key)]
     np.save(folder / "subset.npy", np.asarray(sorted(kept), np.dtype("u8,u8")))
     out, cores = folder / "datacomp", str(os.cpu_count())
-    command = [python, str(script), "-i", str(source), "-o", str(out), "-s", str(folder / "subset.npy"), "-j", cores]
+    command = [
+        interpreter,
+        str(resharder_py),
+        "-i",
+        str(source),
+        "-o",
+        str(out),
+        "-s",
+        str(folder / "subset.npy"),
+        "-j",
+        cores,
+    ]
     clock = time.perf_counter()
     done = subprocess.run(
         [*command, "-n", str(len(shards))], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
@@ -51,25 +62,26 @@ def resharder(shards: list[Shard], folder: Path, clone: str | None, ours: float)
     return {"times_datacomp": ours * seconds / read, "datacomp_samples_s": read / seconds}
 
 
-def _script(folder: Path, clone: str | None) -> Path:
+def script(folder: Path, clone: str | None) -> Path:
+    """Path of resharder.py in a clone; without one, it is fetched to `folder`."""
     if clone is None:
         clone = str(folder / "clone")
         command = ["git", "clone", "--quiet", "--depth", "1", SOURCE, clone]
         subprocess.run(command, check=True, timeout=120, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
-    script = Path(clone) / "resharder.py"
-    if not script.exists():
-        raise FileNotFoundError(f"{script}: no such file")
-    return script
+    found = Path(clone) / "resharder.py"
+    if not found.exists():
+        raise FileNotFoundError(f"{found}: no such file")
+    return found
 
 
-def _python(folder: Path) -> str:
+def python(folder: Path) -> str:
     """A venv with what the script imports; kept from run to run, since it holds nothing else."""
     name = hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]
     venv = Path(folder).parent / f"mithridate-datacomp-{name}"
-    python = venv / "bin/python"
+    found = venv / "bin/python"
     if not (venv / "done").exists():
         uv = [sys.executable, "-m", "uv"]
         subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(python), *PACKAGES.split()], check=True)
+        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(found), *PACKAGES.split()], check=True)
         (venv / "done").touch()
-    return str(python)
+    return str(found)
