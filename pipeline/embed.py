@@ -34,6 +34,7 @@ def embed(
     published: str | None = None,
     model: PublishedModel | None = None,
     uid: UidRule = "key",
+    max_failed_shards: int = 0,
 ) -> int:
     """Embed SHARDS with a checkpoint, or look up what others published; writes OUT/<shard>.embeddings.parquet.
 
@@ -44,12 +45,13 @@ def embed(
         published: instead of a checkpoint, a folder of embeddings of these pairs: clip-retrieval's or DataComp's.
         model: which of DataComp's two published models; default l14.
         uid: how a uid is derived where samples carry none; the same as when the shards were poisoned.
+        max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
     if (checkpoint is None) == (published is None):
         raise InputError("give either --checkpoint, to embed, or --published, to look up what others embedded")
     listed, out = list_shards(shards), absolute(out)
     if checkpoint is None:
-        return _look_up(listed, out, absolute(str(published)), model, uid)
+        return _look_up(listed, out, absolute(str(published)), model, uid, max_failed_shards)
     if model:
         raise InputError("--model chooses among published embeddings; name a model to embed with by --checkpoint")
     from train.model import load
@@ -57,18 +59,20 @@ def embed(
     if not checkpoint.startswith("open_clip:"):
         checkpoint = absolute(checkpoint)
     loaded = load(checkpoint)  # here only to fail early and to know the digest
-    job = Job("embed", {"model": loaded.digest, "uid": uid}, out)
+    job = Job("embed", {"model": loaded.digest, "uid": uid}, out, max_failed_shards)
     markers = shard_map(job, listed, _Embed(checkpoint, loaded.digest, uid), gpu=True)
     _report(markers, f"embedded with model {loaded.digest}")
     return 0
 
 
-def _look_up(listed: list[Shard], out: str, folder: str, model: PublishedModel | None, uid: UidRule) -> int:
+def _look_up(
+    listed: list[Shard], out: str, folder: str, model: PublishedModel | None, uid: UidRule, max_failed: int
+) -> int:
     if uid != "key":
         raise InputError(f"--uid {uid}: {folder} does not say which shard a row was in; only --uid key finds it")
     published = find_published(folder, model)
     index = make_index(published, join(out, "published_index"))
-    job = Job("embed", {"model": published.model, "uid": uid}, out)
+    job = Job("embed", {"model": published.model, "uid": uid}, out, max_failed)
     markers = shard_map(job, listed, _take, published, index)
     _report(markers, f"found among those published as {published.model}")
     if not any(m["out"] for m in markers) and any(m["read"] for m in markers):

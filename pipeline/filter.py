@@ -41,9 +41,13 @@ def filter_shards(
     """
     listed, out, scores = list_shards(shards), absolute(out), absolute(scores)
     entry = spec.parse("policies", policy)
+    paths = [scores_path(scores, shard.name) for shard in listed]
+    unscored = [path for path in paths if not exists(path)]
+    if len(unscored) <= max_failed_shards:
+        paths = [path for path in paths if path not in unscored]
 
     def passes() -> Iterator[dict[str, np.ndarray]]:
-        return (read_scores(scores_path(scores, shard.name)) for shard in listed)
+        return map(read_scores, paths)
 
     with locked(out):
         _filter(listed, out, scores, entry, entry.fit(passes), uid, max_failed_shards)
@@ -59,7 +63,8 @@ def _filter(
     source = ledger.beside(shards)
     known = ledger.read(source) if exists(source) else None
     facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
-    facts["scores"] = spec.digest([stamp(scores_path(scores, shard.name)) for shard in shards])
+    there = [path for shard in shards if exists(path := scores_path(scores, shard.name))]
+    facts["scores"] = spec.digest([stamp(path) for path in there])
     facts["ledger"] = hashlib.sha256(view(source)).hexdigest() if known is not None else ""
     job = Job("filter", facts, out, max_failed)
     markers = shard_map(job, shards, _Filter(policy, fitted, scores, uid), known)

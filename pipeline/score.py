@@ -24,7 +24,7 @@ from pipeline.progress import console
 from pipeline.shard_map import Job, check_made_from, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest
 from pipeline.shards.sample import check_unique
-from pipeline.shards.store import absolute, glob, join, stamp
+from pipeline.shards.store import absolute, exists, glob, join, stamp
 
 
 def score(
@@ -39,6 +39,7 @@ def score(
     pool: int = 16384,
     seed: int = 0,
     uid: UidRule = "key",
+    max_failed_shards: int = 0,
 ) -> int:
     """Score SHARDS with detectors; writes OUT/<shard>.scores.parquet, higher = more suspicious.
 
@@ -52,6 +53,7 @@ def score(
         pool: reference rows of the neighbour detectors, drawn from all shards.
         seed: another seed draws another pool.
         uid: how a uid is derived where samples carry none; the same as in the steps before.
+        max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
     listed, out = list_shards(shards), absolute(out)
     embeddings, traces = (absolute(f) if f else f for f in (embeddings, traces))
@@ -65,7 +67,7 @@ def score(
     known = None
     if "poisoned" in needs:
         known = poisoned_uids(ledger or beside(listed))
-    reference = _pool(listed, str(embeddings), pool, seed) if wants_embeddings else None
+    reference = _pool(listed, str(embeddings), pool, seed, max_failed_shards) if wants_embeddings else None
     for entry in entries:
         if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(
@@ -73,6 +75,7 @@ def score(
             )
     names = [spec.text(entry) for entry in entries]
     read = [embeddings_path(str(embeddings), shard.name) for shard in listed] if reference else []
+    read = [path for path in read if exists(path)]
     read += _trace_files(traces) if traces else []
     facts = {
         "detectors": names,
@@ -85,7 +88,9 @@ def score(
         "ledger": spec.digest(sorted(known)) if known is not None else "",
     }
     work = _Score(tuple(entries), embeddings if reference else None, traces, uid, facts)
-    markers = shard_map(Job("score", facts, out), listed, work, reference.rows if reference else None, known)
+    markers = shard_map(
+        Job("score", facts, out, max_failed_shards), listed, work, reference.rows if reference else None, known
+    )
     total = sum(m["read"] for m in markers)
     for name in names:
         spent = sum(m["seconds"].get(name, 0.0) for m in markers)
@@ -162,7 +167,7 @@ class _Score:
         return Batch(np.asarray(who, dtype=object), **joined)
 
 
-def _pool(shards: Sequence[Shard], embeddings: str, size: int, seed: int) -> _Pool:
+def _pool(shards: Sequence[Shard], embeddings: str, size: int, seed: int, max_failed: int) -> _Pool:
     """`size` rows with the smallest hashes of (seed, uid): the same pool however the data is sharded.
 
     Every shard offers its smallest, of which most are thrown away again: one pass, and no more than `size` rows are
@@ -173,7 +178,10 @@ def _pool(shards: Sequence[Shard], embeddings: str, size: int, seed: int) -> _Po
     models: set[str] = set()
     for shard, found in each("pool", shards, _Draw(embeddings, seed, size)):
         if isinstance(found, InputError):
-            raise found
+            max_failed -= 1
+            if max_failed < 0:
+                raise found
+            continue
         models.add(found.model)
         if len(models) > 1:
             raise InputError(f"{embeddings}: shard {shard.name} was embedded by another model; embed all with one")

@@ -10,12 +10,14 @@ import pytest
 from conftest import pairs, records, write_tar
 
 from pipeline import spec
+from pipeline.dataset import read_dataset
 from pipeline.embed import _write as write_embeddings
 from pipeline.errors import InputError
 from pipeline.filter import filter_shards
 from pipeline.poison import poison
 from pipeline.policies._select import column, keys, nth_largest
 from pipeline.score import read_scores, score
+from pipeline.shard_map import ShardsFailed
 from pipeline.shards import Shard, list_shards, uids
 
 PATCH = "patch(target='banana', size=24)"
@@ -246,3 +248,22 @@ def test_scores_and_embeddings_of_other_bytes_are_refused(tars, poisoned, tmp_pa
     arguments = {"scores": str(tmp_path / "scores"), "policy": "budget(detector='random', drop=0.2)"}
     with pytest.raises(InputError, match="made from other bytes"):
         filter_shards(str(tars), str(tmp_path / "out"), **arguments)
+
+
+def test_tolerated_shards_are_missing_all_the_way_and_nothing_else_is(tars, tmp_path, capsys):
+    torn = tars / "00000001.tar"
+    torn.write_bytes(torn.read_bytes()[:3000])
+    steps = [str(tars), str(tmp_path / "scores")], [str(tars), str(tmp_path / "out")]
+    policy = {"scores": str(tmp_path / "scores"), "policy": "budget(detector='random(seed=0)', drop=0.25)"}
+    with pytest.raises(ShardsFailed, match="1 of 3 shards failed"):
+        score(*steps[0], detector=("random",))
+    assert score(*steps[0], detector=("random",), max_failed_shards=1) == 0
+    with pytest.raises(InputError, match=r"00000001.scores.parquet: no such file"):
+        filter_shards(*steps[1], **policy)
+    assert filter_shards(*steps[1], **policy, max_failed_shards=1) == 0
+    assert "tolerated; the same command tries them again" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out/kept").glob("*.tar")) == ["00000000.tar", "00000002.tar"]
+    kept, quarantined = (read_dataset(str(tmp_path / "out" / part))[0] for part in ("kept", "quarantine"))
+    assert sum(row.samples for row in kept) == 30
+    assert sum(row.samples for row in quarantined) == 10
+    assert len(np.load(tmp_path / "out/keep.npy")) == 30
