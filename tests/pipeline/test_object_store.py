@@ -1,0 +1,465 @@
+"""Object stores over HTTP: what works on a folder works on `s3://`, and what a store does wrong is survived or said."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import contents, pairs, write_tar
+from s3_server import MANY, PAGE, Request, Server
+
+from pipeline import shard_map
+from pipeline.errors import InputError
+from pipeline.filter import filter_shards
+from pipeline.poison import poison
+from pipeline.score import score
+from pipeline.shards import list_shards, remote, retry, store
+
+PATCH = "patch(target='banana', size=24)"
+MB = 1024**2
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A store of its own, and a Ray whose workers are born with the settings that lead to it."""
+    before = dict(os.environ)
+    with Server().running() as server:
+        settings = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        os.environ |= {**settings, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
+        ray.shutdown()
+        shard_map._ray()
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for the programs that tests start
+        reconnect()
+        yield server
+        ray.shutdown()
+    os.environ.clear()
+    os.environ |= before
+    reconnect()
+
+
+def reconnect() -> None:
+    """Forget connections that were made under other settings."""
+    import s3fs
+
+    remote._opened.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(server: Server, request) -> str:
+    """An empty bucket; its URL."""
+    name = f"test-{abs(hash(request.node.name)) % 10**12}"
+    server.calm()
+    server.put(f"/{name}")
+    yield f"s3://{name}"
+    server.calm()
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Pauses too short to notice, in this process."""
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> None:
+    """Objects of a few megabytes have many ranges."""
+    monkeypatch.setattr(remote, "RANGE", MB)
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def upload(folder: Path, url: str, server: Server) -> str:
+    for file in folder.iterdir():
+        server.put(f"/{url.removeprefix('s3://')}/{file.name}", file.read_bytes())
+    return url
+
+
+def download(url: str, pattern: str = "*") -> dict[str, bytes]:
+    return {path.removeprefix(f"{url}/"): bytes(store.view(path)) for path in store.glob(store.join(url, pattern))}
+
+
+def comparable(files: dict[str, bytes]) -> dict[str, object]:
+    """All bytes, but not what tells a run from its twin: seconds, places and times of the input."""
+    out: dict[str, object] = dict(files)
+    for name in files:
+        if name.endswith(".stats.json"):
+            marker = json.loads(files[name])
+            del marker["seconds"], marker["input"]["tag"]
+            out[name] = marker
+        elif name == "plan.json":
+            out[name] = {k: v for k, v in json.loads(files[name]).items() if k != "key"}
+    return out
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline.cli", *arguments]
+
+
+# What is said of paths
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def place(request, tmp_path) -> str:
+    if request.param == "s3":
+        return request.getfixturevalue("bucket") + "/folder"
+    return str(tmp_path / "folder") if request.param == "local" else f"memory://{tmp_path}/folder"
+
+
+def test_every_place_answers_alike(place):
+    store.make_folder(place)
+    store.make_folder(f"{place}/below")
+    for name in ("a1.tar", "a2.tar", "b.tar", "a3.parquet", ".a4.tar", "below/a5.tar"):
+        store.write(f"{place}/{name}", name.encode())
+    store.write(f"{place}/empty", b"")
+    assert bytes(store.view(f"{place}/a1.tar")) == b"a1.tar"
+    assert bytes(store.view(f"{place}/empty")) == b""
+    assert store.exists(f"{place}/a1.tar")
+    assert store.exists(f"{place}/below")
+    assert not store.exists(f"{place}/a")
+    assert [store.is_folder(f"{place}/{x}") for x in ("below", "below/", "a1.tar", "none")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert [path.removeprefix(f"{place}/") for path in store.glob(f"{place}/a*.tar")] == ["a1.tar", "a2.tar"]
+    assert [path.removeprefix(f"{place}/") for path in store.glob(f"{place}/a[23].*")] == ["a2.tar", "a3.parquet"]
+    assert [Path(path).name for path in store.glob(f"{place}/b*/*.tar")] == ["a5.tar"]
+    assert store.glob(f"{place}/none/*") == []
+    first = store.stamp(f"{place}/b.tar")
+    assert first["bytes"] == 5
+    store.write(f"{place}/b.tar", b"other")
+    assert store.stamp(f"{place}/b.tar") != first
+    assert bytes(store.view(f"{place}/b.tar")) == b"other"
+    assert [shard.file for shard in list_shards(place)] == ["a1.tar", "a2.tar", "b.tar"]
+    assert [shard.file for shard in list_shards(f"{place}/a{{1..2}}.tar")] == ["a1.tar", "a2.tar"]
+    with pytest.raises(InputError, match=r"a0\.tar: no such file \(named by"):
+        list_shards(f"{place}/a{{0..30}}.tar")
+    with pytest.raises(InputError, match="none"):
+        store.view(f"{place}/none")
+    with pytest.raises(InputError, match="no such file or folder"):
+        list_shards(f"{place}/none")
+
+
+def test_a_write_that_fails_leaves_what_was_there(place):
+    store.make_folder(place)
+    store.write(f"{place}/file", b"before")
+    with pytest.raises(RuntimeError), store.whole(f"{place}/file") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert bytes(store.view(f"{place}/file")) == b"before"
+
+
+# Reading
+
+
+@pytest.mark.parametrize("fault", ["slow down", "too many", "torn", "lost", "short"])
+def test_a_read_survives(fault, server, bucket, hasty, pieces):
+    data = noise(6 * MB + 5)
+    server.put(f"/{bucket[5:]}/object", data)
+    server.fault = lambda request: fault if request.number % 3 == 1 else None
+    assert bytes(store.view(f"{bucket}/object")) == data
+    ranges = [request.first for request in server.requests if request.first is not None]
+    assert len(set(ranges)) == 7
+    assert len(ranges) > 7
+
+
+def test_a_store_that_does_not_begin_to_answer_is_asked_again(server, bucket, hasty, pieces, monkeypatch):
+    import fsspec
+
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
+    reconnect()
+    server.put(f"/{bucket[5:]}/object", data := noise(3 * MB))
+    late: list[Request] = []
+
+    def once(request: Request) -> str | None:
+        if request.first == MB and not late:
+            late.append(request)
+            return "late"
+        return None
+
+    server.fault = once
+    try:
+        assert bytes(store.view(f"{bucket}/object")) == data
+    finally:
+        reconnect()
+    assert [request.first for request in server.requests].count(MB) == 2
+
+
+def test_a_mix_of_two_versions_is_an_error(server, bucket, hasty, pieces):
+    path = f"/{bucket[5:]}/object"
+    server.put(path, noise(3 * MB))
+
+    def replace(request: Request) -> None:
+        if request.first == 2 * MB:
+            server.put(path, noise(3 * MB, seed=1))
+
+    server.fault = replace
+    with pytest.raises(InputError, match=r"object: replaced while it was read; run the same command again"):
+        store.view(f"{bucket}/object")
+    server.calm()
+    assert bytes(store.view(f"{bucket}/object")) == noise(3 * MB, seed=1)
+
+
+def test_an_object_that_never_comes_is_named_after_eight_attempts(server, bucket, hasty, pieces):
+    server.put(f"/{bucket[5:]}/object", noise(3 * MB))
+    server.fault = lambda request: "torn" if request.first == MB else None
+    with pytest.raises(InputError, match=f"^{bucket}/object: the store failed 8 times .*run the same command again"):
+        store.view(f"{bucket}/object")
+    assert [request.first for request in server.requests].count(MB) == 8
+
+
+def test_pauses_grow_are_random_and_end(monkeypatch):
+    paused: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", paused.append)
+
+    def fail() -> None:
+        raise TimeoutError("too slow")
+
+    for _ in range(50):
+        with pytest.raises(InputError, match=r"failed 8 times .TimeoutError: too slow"):
+            retry.retried("s3://bucket/object", fail)
+    by_attempt = np.asarray(paused).reshape(50, 7)
+    assert (by_attempt.max(0) <= 0.2 * 2.0 ** np.arange(7)).all()
+    assert (np.diff(by_attempt.mean(0)) > 0).all()
+    assert len(set(paused)) == len(paused)
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch) -> Iterator[Path]:
+    """TMPDIR on a file system of two megabytes."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_local_disk_names_tmpdir_before_anything_is_fetched(server, bucket, small_disk):
+    server.put(f"/{bucket[5:]}/object", noise(3 * MB))
+    with pytest.raises(InputError, match=f"object: no room in {small_disk}; .*point TMPDIR to a larger disk"):
+        store.view(f"{bucket}/object")
+    assert {request.method for request in server.requests} == {"HEAD"}
+    with pytest.raises(InputError, match=f"new: no room in {small_disk}"):
+        store.write(f"{bucket}/new", noise(3 * MB))
+    assert not store.exists(f"{bucket}/new")
+
+
+PEAK = """
+import sys
+from pipeline.shards import store
+def anonymous():  # kB; the mapped file is not ours to count, it is given back when memory is short
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+import threading, time
+store.exists(sys.argv[1])
+before, peak, done = anonymous(), [0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch)
+watcher.start()
+data = store.view(sys.argv[1])
+store.write(sys.argv[1] + ".copy", data)
+done.set()
+watcher.join()
+print((peak[0] - before) // 1024, len(data))
+"""
+
+
+def test_memory_does_not_grow_with_the_object(server, bucket):
+    server.put(f"/{bucket[5:]}/object", noise(200 * MB))
+    done = subprocess.run([sys.executable, "-c", PEAK, f"{bucket}/object"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, size = map(int, done.stdout.split())
+    assert size == 200 * MB
+    assert grown < 80
+
+
+# Writing
+
+
+@pytest.mark.parametrize("fault", ["slow down", "too many", "torn", "lost"])
+def test_a_large_write_survives(fault, server, bucket, hasty):
+    data = noise(20 * MB)
+    server.fault = lambda request: fault if request.number % 3 == 1 else None
+    store.write(f"{bucket}/object", data)
+    server.calm()
+    assert server.get(f"/{bucket[5:]}/object") == data
+    assert server.uploads(bucket[5:]) <= 1  # the one whose answer was lost has an id that nobody knows
+
+
+def test_a_completion_whose_answer_was_lost_is_done_again(server, bucket, hasty):
+    lost: list[Request] = []
+
+    def once(request: Request) -> str | None:
+        if request.method == "POST" and "uploadId" in request.query and not lost:
+            lost.append(request)
+            return "lost"
+        return None
+
+    server.fault = once
+    store.write(f"{bucket}/object", data := noise(20 * MB))
+    assert lost
+    assert server.get(f"/{bucket[5:]}/object") == data
+    assert server.uploads(bucket[5:]) == 0
+
+
+@pytest.mark.parametrize("size", [1, 20 * MB])
+def test_a_write_that_is_given_up_leaves_nothing(size, server, bucket, hasty):
+    server.fault = lambda request: "slow down" if request.method == "PUT" else None
+    with pytest.raises(InputError, match=f"^{bucket}/object: the store failed 8 times"):
+        store.write(f"{bucket}/object", noise(size))
+    server.calm()
+    assert not store.exists(f"{bucket}/object")
+    assert server.uploads(bucket[5:]) == 0
+
+
+def test_uploads_of_killed_writers_are_aborted_when_they_are_old(server, bucket, monkeypatch):
+    for key in ("out/a.tar", "out/sub/b.tar", "other/c.tar"):
+        server.post(f"/{bucket[5:]}/{key}?uploads")
+    with monkeypatch.context() as patience:
+        patience.setattr(remote, "STALE", timedelta(days=36_500))
+        store.clear_temporaries(f"{bucket}/out")
+    assert server.uploads(bucket[5:]) == 3
+    store.clear_temporaries(f"{bucket}/out")  # to moto, every upload began in 2010
+    assert server.uploads(bucket[5:]) == 1
+
+
+# Listing
+
+
+def test_a_hundred_thousand_shards_cost_a_hundred_requests(server):
+    server.calm()
+    shards = list_shards("s3://many/crawl/")
+    assert len(shards) == MANY
+    pages = -(-MANY // PAGE)
+    assert len(server.requests) <= pages + 2
+    assert store.stamp(shards[77_777].path) == {"bytes": 5, "tag": f'"{77_777:032x}"'}
+    assert len(server.requests) <= pages + 2
+
+
+def test_a_brace_pattern_is_looked_up_in_one_listing(server):
+    server.calm()
+    assert len(list_shards("s3://many/crawl/{000100..001999}.tar")) == 1900
+    assert all(request.lists for request in server.requests)
+    assert len(server.requests) <= -(-MANY // PAGE)
+    with pytest.raises(InputError, match=r"crawl/100500\.tar: no such file"):
+        list_shards("s3://many/crawl/{100000..100500}.tar")
+
+
+# What goes wrong for good
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "says"),
+    [
+        (None, {}, "no such bucket; check its name"),
+        ("denied", {}, "access denied .*; check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy"),
+        (None, {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no credentials; set AWS_PROFILE"),
+        (None, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot reach the store .*AWS_ENDPOINT_URL"),
+    ],
+)
+def test_errors_are_a_line_that_says_what_to_do(fault, settings, says, server, hasty, tmp_path, monkeypatch):
+    server.calm()
+    server.fault = lambda request: fault
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    reconnect()
+    try:
+        for call in (list_shards, store.view, store.exists, lambda path: store.write(path, b"x")):
+            with pytest.raises(InputError, match=f"^s3://not-there/x.*: {says}") as caught:
+                call("s3://not-there/x")
+            assert "\n" not in str(caught.value)
+    finally:
+        server.calm()
+        reconnect()
+
+
+# Whole jobs
+
+
+def stormy(request: Request) -> str | None:
+    """Everything at once: of twelve requests, four go wrong in four ways."""
+    return {1: "slow down", 4: "torn", 7: "short", 10: "too many"}.get(request.number % 12)
+
+
+def test_poison_and_filter_in_a_storm_write_the_bytes_of_a_local_run(server, bucket, tars, tmp_path):
+    url = upload(tars, f"{bucket}/clean", server)
+    server.fault = stormy
+    for shards, out in ((str(tars), str(tmp_path)), (url, bucket)):
+        poison(shards, f"{out}/poisoned", attack=PATCH, dose="6")
+        score(f"{out}/poisoned", f"{out}/scores", detector=("oracle",))
+        policy = "budget(detector='oracle', drop=0.1)"
+        filter_shards(f"{out}/poisoned", f"{out}/filtered", scores=f"{out}/scores", policy=policy)
+    assert len(server.requests) > 100
+    server.calm()
+    for folder in ("poisoned", "filtered/kept", "filtered/quarantine"):
+        here = {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir() if p.is_file() and p.name != ".lock"}
+        assert comparable(download(f"{bucket}/{folder}")) == comparable(here)
+    assert download(f"{bucket}/filtered", "keep.*") == contents(tmp_path / "filtered", "keep.*")
+    kept = pq.read_table(tmp_path / "filtered/keep.parquet").column("kept").to_pylist()
+    assert kept.count(False) == 6
+
+
+def test_one_bad_object_fails_alone_and_the_next_run_does_only_that(server, bucket, tars, tmp_path):
+    url = upload(tars, f"{bucket}/clean", server)
+    bad = f"/{bucket[5:]}/out/00000001.tar"
+    server.fault = lambda request: "slow down" if (request.method, request.path) == ("PUT", bad) else None
+    arguments = ["poison", url, f"{bucket}/out", "--attack", PATCH, "--dose", "6"]
+    done = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "1 of 3 shards failed" in done.stderr
+    assert f"{bucket}/out/00000001.tar: the store failed 8 times" in done.stderr.replace("\n", "")
+    assert "Traceback" not in done.stderr
+    assert {name for name in download(f"{bucket}/out") if name.endswith("tar")} == {"00000000.tar", "00000002.tar"}
+    server.calm()
+    # this process has listed the folder before, and must see what is new in it
+    poison(url, f"{bucket}/out", attack=PATCH, dose="6")
+    written = [request.path.rpartition("/")[2] for request in server.requests if request.method == "PUT"]
+    assert {name for name in written if name.startswith("0")} == {
+        "00000001.tar",
+        "00000001.ledger.parquet",
+        "00000001.stats.json",
+    }
+    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="6")
+    assert download(f"{bucket}/out", "*.tar") == contents(tmp_path / "out")
+    server.calm()
+    poison(url, f"{bucket}/out", attack=PATCH, dose="6")
+    assert not [r for r in server.requests if r.method == "PUT" and r.path.rpartition("/")[2].startswith("0")]
+
+
+def test_an_input_that_was_replaced_is_done_again_in_the_same_process(server, bucket, tars, tmp_path):
+    url = upload(tars, f"{bucket}/clean", server)
+    poison(url, f"{bucket}/out", attack=PATCH, dose="6")
+    write_tar(tars / "00000001.tar", pairs(100, 120))
+    write_tar(tars / "00000003.tar", pairs(60, 80))
+    upload(tars, url, server)
+    poison(url, f"{bucket}/out", attack=PATCH, dose="6")
+    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="6")
+    assert download(f"{bucket}/out", "*.tar") == contents(tmp_path / "out")
+
+
+def test_two_runs_at_once_write_what_one_writes(server, bucket, tars, tmp_path):
+    url = upload(tars, f"{bucket}/clean", server)
+    run = command("poison", url, f"{bucket}/out", "--attack", PATCH, "--dose", "6")
+    both = [subprocess.Popen(run, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for one in both:
+        said = one.communicate(timeout=120)[1]
+        assert one.returncode == 0, said
+    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="6")
+    here = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name != ".lock"}
+    assert comparable(download(f"{bucket}/out")) == comparable(here)
