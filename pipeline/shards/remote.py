@@ -33,6 +33,10 @@ Info = dict[str, Any]  # fsspec's: name, size in bytes, type; ETag or a time, by
 _last: tuple[str, str, memoryview] | None = None  # path, tag and bytes of the last large object
 
 
+class _Replaced(InputError):
+    """An object that is not the one that was asked for."""
+
+
 class _Torn(OSError):
     """A body of another length than was asked for."""
 
@@ -89,8 +93,8 @@ def glob(pattern: str) -> dict[str, Info]:
 def view(path: str) -> memoryview:
     """The bytes of an object, mapped from an unlinked file in TMPDIR.
 
-    All ranges are of one version: an object that is replaced meanwhile is an InputError, as are a missing object, a
-    store that keeps failing, and a full disk.
+    All ranges are of one version: an object that is replaced between them is an InputError, as are a missing object,
+    a store that keeps failing, and a full disk.
     """
     global _last
     found = info(path)
@@ -102,13 +106,23 @@ def view(path: str) -> memoryview:
         return _last[2]
     if size == 0:
         return memoryview(b"")
-    with spool(path) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so before anything is fetched
-        _each(lambda start: _read(path, file.fileno(), start, min(start + RANGE, size), found), range(0, size, RANGE))
-        data = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    try:
+        data = _spooled(path, found)
+    except _Replaced:
+        if size > RANGE:
+            raise
+        return view(path)  # nothing is mixed yet: a marker, say, that another run has just written anew
     if size > PART:
         _last = (path, version, data)
     return data
+
+
+def _spooled(path: str, found: Info) -> memoryview:
+    size = int(found["size"])
+    with spool(path) as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so before anything is fetched
+        _each(lambda start: _read(path, file.fileno(), start, min(start + RANGE, size), found), range(0, size, RANGE))
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
 
 
 @contextmanager
@@ -171,6 +185,8 @@ def _pages(folder: str, prefix: str) -> Iterator[tuple[str, Info]]:
         ask = {"Key": None, "Prefix": begin + prefix, "Delimiter": "/", **more}
         page = retried(folder, partial(_s3, folder, "list_objects_v2", **ask))
         for found in page.get("Contents", ()):
+            if found["Key"] == begin:  # what consoles put there to show a folder
+                continue
             path = f"{folder.rstrip('/')}/{found['Key'][len(begin) :]}"
             yield path, {"name": path, "size": found["Size"], "type": "file", "ETag": found["ETag"]}
         if not page.get("IsTruncated"):
@@ -194,10 +210,10 @@ def _read(path: str, handle: int, start: int, stop: int, found: Info) -> None:
         retried(path, fetch)
     except InputError as error:
         if _replaced(path, found):
-            raise InputError(f"{path}: replaced while it was read; run the same command again") from error
+            raise _Replaced(f"{path}: replaced while it was read; run the same command again") from error
         raise
     if not _is_s3(path) and _replaced(path, found):  # S3 compares for us, range by range
-        raise InputError(f"{path}: replaced while it was read; run the same command again")
+        raise _Replaced(f"{path}: replaced while it was read; run the same command again")
 
 
 def _replaced(path: str, found: Info) -> bool:
