@@ -61,6 +61,7 @@ class Server:
         finally:
             self._http.shutdown()
             thread.join()
+            self._http.server_close()
 
     def calm(self) -> None:
         self.fault = lambda request: None
@@ -73,8 +74,8 @@ class Server:
     def get(self, path: str) -> bytes:
         return self._ask("GET", path)
 
-    def post(self, path: str) -> bytes:
-        return self._ask("POST", path, b"")
+    def begin_upload(self, path: str) -> None:
+        self._ask("POST", f"{path}?uploads", b"")
 
     def uploads(self, bucket: str) -> int:
         """Multipart uploads that are neither completed nor aborted."""
@@ -119,6 +120,7 @@ class Server:
 
 def _error(environ: dict, start_response: Callable, status: str, body: bytes) -> list[bytes]:
     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    body = b"" if environ["REQUEST_METHOD"] == "HEAD" else body
     start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
     return [body]
 

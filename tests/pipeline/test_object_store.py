@@ -27,20 +27,29 @@ MB = 1024**2
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A store of its own, and a Ray whose workers are born with the settings that lead to it."""
+    """A store of its own, and the environment that leads to it."""
     before = dict(os.environ)
     with Server().running() as server:
+        for name in [name for name in before if name.startswith("AWS_")]:
+            del os.environ[name]
         settings = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-        os.environ |= {**settings, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
-        ray.shutdown()
-        # two runs at once would else take each other's processor, and Ray starts workers anew for each change
-        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        settings |= {"AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "RAY_ADDRESS": "local"}
+        os.environ |= settings
         reconnect()
         yield server
-        ray.shutdown()
     os.environ.clear()
     os.environ |= before
     reconnect()
+
+
+@pytest.fixture(scope="module")
+def workers(server: Server) -> Iterator[str]:
+    """A Ray whose workers are born into that environment; its address."""
+    ray.shutdown()
+    # four processors: two runs at once would else take each other's, and Ray starts workers anew for each change
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 def reconnect() -> None:
@@ -52,7 +61,7 @@ def reconnect() -> None:
 
 
 @pytest.fixture
-def bucket(server: Server, request) -> str:
+def bucket(server: Server, request) -> Iterator[str]:
     """An empty bucket; its URL."""
     name = f"test-{abs(hash(request.node.name)) % 10**12}"
     server.calm()
@@ -345,7 +354,7 @@ def test_a_write_that_is_given_up_leaves_nothing(size, server, bucket, hasty):
 
 def test_uploads_of_killed_writers_are_aborted_when_they_are_old(server, bucket, monkeypatch):
     for key in ("out/a.tar", "out/sub/b.tar", "other/c.tar"):
-        server.post(f"/{bucket[5:]}/{key}?uploads")
+        server.begin_upload(f"/{bucket[5:]}/{key}")
     with monkeypatch.context() as patience:
         patience.setattr(remote, "STALE", timedelta(days=36_500))
         store.clear_temporaries(f"{bucket}/out")
@@ -421,7 +430,7 @@ def stormy(request: Request) -> str | None:
     return {1: "slow down", 4: "torn", 7: "short", 10: "too many"}.get(request.number % 12)
 
 
-def test_poison_and_filter_in_a_storm_write_the_bytes_of_a_local_run(server, bucket, tars, tmp_path):
+def test_poison_and_filter_in_a_storm_write_the_bytes_of_a_local_run(server, workers, bucket, tars, tmp_path):
     url = upload(tars, f"{bucket}/clean", server)
     server.fault = stormy
     for shards, out in ((str(tars), str(tmp_path)), (url, bucket)):
@@ -439,7 +448,7 @@ def test_poison_and_filter_in_a_storm_write_the_bytes_of_a_local_run(server, buc
     assert kept.count(False) == 6
 
 
-def test_one_bad_object_fails_alone_and_the_next_run_does_only_that(server, bucket, tars, tmp_path):
+def test_one_bad_object_fails_alone_and_the_next_run_does_only_that(server, workers, bucket, tars, tmp_path):
     """The program starts a Ray of its own, whose workers find the store by the environment alone."""
     url = upload(tars, f"{bucket}/clean", server)
     bad = f"/{bucket[5:]}/out/00000001.tar"
@@ -468,7 +477,7 @@ def test_one_bad_object_fails_alone_and_the_next_run_does_only_that(server, buck
     assert not [r for r in server.requests if "/clean/" in r.path]  # the listing said all there is to know
 
 
-def test_an_input_that_was_replaced_is_done_again_in_the_same_process(server, bucket, tars, tmp_path):
+def test_an_input_that_was_replaced_is_done_again_in_the_same_process(server, workers, bucket, tars, tmp_path):
     url = upload(tars, f"{bucket}/clean", server)
     poison(url, f"{bucket}/out", attack=PATCH, dose="6")
     write_tar(tars / "00000001.tar", pairs(100, 120))
@@ -479,10 +488,10 @@ def test_an_input_that_was_replaced_is_done_again_in_the_same_process(server, bu
     assert download(f"{bucket}/out", "*.tar") == contents(tmp_path / "out")
 
 
-def test_two_runs_at_once_write_what_one_writes(server, bucket, tars, tmp_path):
+def test_two_runs_at_once_write_what_one_writes(server, workers, bucket, tars, tmp_path):
     url = upload(tars, f"{bucket}/clean", server)
     run = command("poison", url, f"{bucket}/out", "--attack", PATCH, "--dose", "6")
-    joined = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    joined = {**os.environ, "RAY_ADDRESS": workers}
     both = [subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=joined) for _ in range(2)]
     for one in both:
         said = one.communicate(timeout=120)[1]
