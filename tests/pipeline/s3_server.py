@@ -1,8 +1,11 @@
 """moto's S3 over HTTP on a free loopback port, with faults: what it answers is its own, what goes wrong is ours.
 
 A fault is a function of the request that returns how to spoil it, or None. It may be changed while the server runs.
+
+The fixtures are a plugin of the tests that name it. There is nothing to assert in here: PYTEST_DONT_REWRITE
 """
 
+import os
 import socket
 import threading
 import time
@@ -13,8 +16,13 @@ from dataclasses import dataclass
 from urllib.parse import parse_qs, quote
 from xml.sax.saxutils import escape
 
+import pytest
+import ray
+import s3fs
 from moto.server import create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
+
+from pipeline.shards import remote
 
 Fault = Callable[["Request"], str | None]
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -157,3 +165,46 @@ def _page(query: dict[str, str]) -> bytes:
     token = f"<NextContinuationToken>{begin + PAGE}</NextContinuationToken>" if more else ""
     text = f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{token}{rows}</ListBucketResult>"
     return b'<?xml version="1.0" encoding="UTF-8"?>' + text.encode()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A store of its own, and the environment that leads to it."""
+    before = dict(os.environ)
+    with Server().running() as server:
+        for name in [name for name in before if name.startswith("AWS_")]:
+            del os.environ[name]
+        settings = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        settings |= {"AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "RAY_ADDRESS": "local"}
+        os.environ |= settings
+        reconnect()
+        yield server
+    os.environ.clear()
+    os.environ |= before
+    reconnect()
+
+
+@pytest.fixture(scope="module")
+def workers(server: Server) -> Iterator[str]:
+    """A Ray whose workers are born into that environment; its address."""
+    ray.shutdown()
+    # four processors: two runs at once would else take each other's, and Ray starts workers anew for each change
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def reconnect() -> None:
+    """Forget connections that were made under other settings."""
+    remote._opened.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(server: Server, request) -> Iterator[str]:
+    """An empty bucket; its URL."""
+    name = f"test-{abs(hash(request.node.name)) % 10**12}"
+    server.calm()
+    server.put(f"/{name}")
+    yield f"s3://{name}"
+    server.calm()
