@@ -14,6 +14,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +24,25 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.progress import console, meter
 from pipeline.shards import Counts, Shard, manifest
-from pipeline.shards.store import clear_temporaries, exists, glob, is_url, join, make_folder, remove, stamp, view, write
+from pipeline.shards.store import (
+    clear_temporaries,
+    existing,
+    exists,
+    glob,
+    is_url,
+    join,
+    make_folder,
+    remove,
+    stamp,
+    view,
+    write,
+)
 from pipeline.spec import digest
 
 RUN = "run.json"  # what a folder is the output of, and of how many shards
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
+READERS = 16  # markers that are read at once
 _held: set[str] = set()  # folders that this process has locked
 
 
@@ -124,7 +138,7 @@ def shard_map(
     with locked(job.out):
         clear_temporaries(job.out)
         present = _present(job, shards)
-        markers = {s.name: m for s in shards if marker_path(job.out, s) in present and (m := _marker(job, s))}
+        markers = _done(job, [s for s in shards if marker_path(job.out, s) in present])
         todo = [s for s in shards if s.name not in markers]
         if stale := sum(marker_path(job.out, shard) in present for shard in todo):
             console.print(f"{job.name}: {stale} shards there are of another spec, code or input and are made again")
@@ -233,7 +247,7 @@ class _Marked:
                 "code": self.job.code,
                 **dataclasses.asdict(counts),
             }
-        marker |= {"input": {"file": shard.file, **self.job.stamp(shard)}, "finished": time.time()}
+        marker |= {"input": _input(self.job, shard), "finished": time.time()}
         write(marker_path(out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
         remove(failure_path(out, shard))
         return marker
@@ -249,29 +263,58 @@ def _guarded(function: Callable[..., Any], shard: Shard, *shared: Any) -> Any:
         return InputError(f"{shard.path}: {type(error).__name__}: {error}")
 
 
-def _marker(job: Job, shard: Shard) -> dict[str, Any] | None:
-    """The marker of a shard if all of it is of this run, as far as can be told without reading the shard."""
-    marker = _of_this_run(job, shard)
-    same = marker is not None and marker["input"] == {"file": shard.file, **job.stamp(shard)}
-    return marker if same else None
+def _done(job: Job, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
+    """The markers, by shard, of what is of this run, as far as can be told without reading a shard."""
+    found = read_markers([marker_path(job.out, shard) for shard in shards])
+    markers = {s.name: m for s, m in zip(shards, found, strict=True) if _of_this_run(job, m)}
+    there = existing([path for marker in markers.values() for path in _files(job.out, marker)])
+    stamped = [s for s in shards if s.name in markers and markers[s.name]["input"] == _input(job, s)]
+    return {s.name: markers[s.name] for s in stamped if there.issuperset(_files(job.out, markers[s.name]))}
+
+
+def read_markers(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """The markers at these paths, many at once, since an object store answers slowly; {} for one that is none."""
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(_read_marker, paths))
+
+
+def _read_marker(path: str) -> dict[str, Any]:
+    try:
+        marker = json.loads(bytes(view(path)))
+        whole = (
+            marker["job"],
+            marker["code"],
+            marker["spec_digest"],
+            marker["input_sha256"],
+            marker["facts"].get("files"),
+        )
+        return marker if whole and marker["input"]["file"] and "output" in marker else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _of_this_run(job: Job, marker: dict[str, Any]) -> bool:
+    if marker and marker["job"] != job.name:
+        raise InputError(f"{job.out} holds the output of {marker['job']!r}; choose another folder for {job.name!r}")
+    return bool(marker) and (marker["spec_digest"], marker["code"]) == (job.digest, job.code)
 
 
 def _same_bytes(job: Job, shard: Shard) -> dict[str, Any] | None:
     """The marker of a shard that was touched or copied since, but has the same bytes."""
-    marker = _of_this_run(job, shard) if exists(marker_path(job.out, shard)) else None
-    return marker if marker is not None and marker["input_sha256"] == manifest(shard).sha256 else None
-
-
-def _of_this_run(job: Job, shard: Shard) -> dict[str, Any] | None:
-    try:
-        marker = json.loads(bytes(view(marker_path(job.out, shard))))
-        if marker["job"] != job.name:
-            raise InputError(f"{job.out} holds the output of {marker['job']!r}; choose another folder for {job.name!r}")
-        same = (marker["spec_digest"], marker["code"]) == (job.digest, job.code)
-        there = all(exists(join(job.out, f)) for f in (marker["output"], *marker["facts"].get("files", ())) if f)
-        return marker if same and there and marker["input"] and marker["input_sha256"] else None
-    except (ValueError, KeyError, TypeError, AttributeError):  # a marker that is none
+    if not exists(marker_path(job.out, shard)):
         return None
+    marker = _read_marker(marker_path(job.out, shard))
+    files = _files(job.out, marker) if _of_this_run(job, marker) else []
+    same = files and existing(files).issuperset(files) and marker["input_sha256"] == manifest(shard).sha256
+    return marker if same else None
+
+
+def _files(out: str, marker: dict[str, Any]) -> list[str]:
+    return [join(out, file) for file in (marker["output"], *marker["facts"].get("files", ())) if file]
+
+
+def _input(job: Job, shard: Shard) -> dict[str, Any]:
+    return {"file": shard.file, **job.stamp(shard)}
 
 
 def _ray() -> Any:

@@ -6,18 +6,16 @@ Trade-off: nothing is asked of Ray or of the driver, so what is between two mark
 import fcntl
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import Out
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shard_map import RUN
+from pipeline.shard_map import RUN, read_markers
 from pipeline.shards.store import absolute, exists, glob, is_url, join, view
 
 RECENT = 200  # shards that the rate is measured over
-AT_ONCE = 16  # files read side by side: an object store answers slowly, but many at once
 
 
 def status(out: Out, /) -> int:
@@ -29,9 +27,8 @@ def status(out: Out, /) -> int:
     out = absolute(out)
     if not exists(join(out, RUN)):
         raise InputError(f"{join(out, RUN)}: no such file; is {out} the OUT of a job?")
-    run = _json(join(out, RUN))
-    with ThreadPoolExecutor(AT_ONCE) as readers:
-        markers = [m for m in readers.map(_json, glob(join(out, "*.stats.json"))) if m.get("job") == run.get("job")]
+    run = json.loads(bytes(view(join(out, RUN))))
+    markers = [m for m in read_markers(glob(join(out, "*.stats.json"))) if m.get("job") == run["job"]]
     current = [m for m in markers if (m["spec_digest"], m["code"]) == (run["spec_digest"], run["code"])]
     total, done = run["shards"], len(current)
     spec = ", ".join(f"{k}={v}" for k, v in run["spec"].items() if v not in ("", None))
@@ -72,14 +69,6 @@ def _locked(out: str) -> bool:
         except OSError:
             return True
     return False
-
-
-def _json(path: str) -> dict[str, Any]:
-    try:
-        found = json.loads(bytes(view(path)))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Files that are absent or whole, on a local path or an object store, and the ways to name a set of shards.
 
-Local files are memory-mapped, so a shard costs no memory until its bytes are touched. An object store has no rename:
-there a file appears when it is closed, which is as atomic. Markers are written last on both.
+Local files are memory-mapped, so a shard costs no memory until its bytes are touched; objects are spooled to a local
+disk and mapped from there (`remote.py`). An object store has no rename: there a file appears when its upload is
+completed, which is as atomic. Markers are written last on both.
 """
 
 import errno
@@ -10,21 +11,22 @@ import mmap
 import os
 import re
 import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import InputError
+from pipeline.shards import remote
 
 # Sidecars that lie beside shards and are parquet too.
 _SIDECARS = re.compile(
     r"(\.(embeddings|scores|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains))\.parquet$"
 )
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# What the last listing said of remote shards, so that each need not be asked for again. Markers are never in here.
+_listed: dict[str, remote.Info] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +59,17 @@ def list_shards(where: str) -> list[Shard]:
     In a folder that holds tars, parquet files are their metadata and are not shards. Raises InputError where nothing is
     found, and where two shards share a name (their sidecars would overwrite each other).
     """
-    if where.endswith(".txt"):
-        if not exists(where):
-            raise InputError(f"{where}: no such list file")
-        lines = bytes(view(where)).decode(errors="replace").splitlines()
-        paths = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    elif match := _RANGE.search(where):
-        low, high = match.groups()
-        numbers = range(int(low), int(high) + 1)
-        paths = [f"{where[: match.start()]}{n:0{len(low)}d}{where[match.end() :]}" for n in numbers]
-    elif any(c in where for c in "*?["):
-        paths = glob(where)
-    elif where.endswith((".tar", ".tar.gz", ".parquet")) and exists(where):
-        paths = [where]
-    elif is_folder(where):
-        paths = sorted([*glob(join(where, "*.tar")), *glob(join(where, "*.tar.gz"))])
-        paths = paths or [p for p in glob(join(where, "*.parquet")) if not _SIDECARS.search(p.rsplit("/", 1)[-1])]
-    else:
-        raise InputError(f"{where}: no such file or folder")
-    shards = [Shard(absolute(p)) for p in paths]
-    if not shards:
+    _listed.clear()
+    paths = [absolute(path) for path in _paths(where)]
+    if not paths:
         raise InputError(f"{where}: no shards here; expected *.tar (webdataset) or *.parquet with an image column")
+    shards = [Shard(path) for path in paths]
     for shard in shards:
         if shard.format not in ("tar", "parquet"):
             raise InputError(f"{shard.path}: not a shard; expected .tar, .tar.gz or .parquet")
-        if not exists(shard.path):
-            raise InputError(f"{shard.path}: no such file (named by {where})")
+    there = existing(paths)
+    if missing := next((path for path in paths if path not in there), None):
+        raise InputError(f"{missing}: no such file (named by {where})")
     by_name: dict[str, str] = {}
     for shard in shards:
         if shard.name in by_name:
@@ -90,6 +77,34 @@ def list_shards(where: str) -> list[Shard]:
             raise InputError(f"{other} and {shard.path} share the name {shard.name}: their outputs would collide")
         by_name[shard.name] = shard.path
     return shards
+
+
+def _paths(where: str) -> list[str]:
+    if where.endswith(".txt"):
+        if not exists(where):
+            raise InputError(f"{where}: no such list file")
+        lines = bytes(view(where)).decode(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if match := _RANGE.search(where):
+        low, high = match.groups()
+        numbers = range(int(low), int(high) + 1)
+        return [f"{where[: match.start()]}{n:0{len(low)}d}{where[match.end() :]}" for n in numbers]
+    if any(c in where for c in "*?["):
+        return _matching(where)
+    if where.endswith((".tar", ".tar.gz", ".parquet")) and exists(where):
+        return [where]
+    if not is_folder(where):
+        raise InputError(f"{where}: no such file or folder")
+    paths = [path for path in _matching(join(where, "*.tar*")) if path.endswith((".tar", ".tar.gz"))]
+    return paths or [p for p in _matching(join(where, "*.parquet")) if not _SIDECARS.search(p.rsplit("/", 1)[-1])]
+
+
+def _matching(pattern: str) -> list[str]:
+    if not is_url(pattern):
+        return glob(pattern)
+    found = remote.glob(pattern)
+    _listed.update(found)
+    return list(found)
 
 
 def absolute(path: str) -> str:
@@ -106,17 +121,25 @@ def join(folder: str, name: str) -> str:
 
 
 def exists(path: str) -> bool:
-    return _remote(path)[0].exists(path) if is_url(path) else Path(path).exists()
+    return remote.info(path) is not None if is_url(path) else Path(path).exists()
+
+
+def existing(paths: Sequence[str]) -> set[str]:
+    """Those that are there; remote ones by a listing of their folders, not one by one."""
+    found = remote.existing([path for path in paths if is_url(path) and path not in _listed])
+    return {path for path in paths if path in found or path in _listed or (not is_url(path) and Path(path).exists())}
 
 
 def is_folder(path: str) -> bool:
-    return _remote(path)[0].isdir(path) if is_url(path) else Path(path).is_dir()
+    if is_url(path):
+        found = remote.info(path)
+        return found is not None and found["type"] == "directory"
+    return Path(path).is_dir()
 
 
 def glob(pattern: str) -> list[str]:
     if is_url(pattern):
-        filesystem, protocol = _remote(pattern)
-        return sorted(f"{protocol}://{p}" for p in filesystem.glob(pattern))
+        return list(remote.glob(pattern))
     # Path.glob takes no wildcard in the folders of an absolute pattern
     return sorted(p for p in globbing.glob(pattern, recursive=True) if not os.path.split(p)[1].startswith("."))  # noqa: PTH207
 
@@ -130,22 +153,22 @@ def make_folder(path: str) -> None:
 
 
 def stamp(path: str) -> dict[str, Any]:
-    """What changes when a file is replaced, without reading it: size, and time or the store's own tag."""
+    """What changes when a file is replaced, without reading it: size, and time or the store's own tag.
+
+    Of a remote shard, what it was when it was listed.
+    """
     if is_url(path):
-        info = _remote(path)[0].info(path)
-        tag = next(
-            (str(info[k]) for k in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created") if k in info), ""
-        )
-        return {"bytes": info["size"], "tag": tag}
+        if (info := _listed.get(path) or remote.info(path)) is None:
+            raise InputError(f"{path}: no such object")
+        return {"bytes": info["size"], "tag": remote.tag(info)}
     found = Path(path).stat()
     return {"bytes": found.st_size, "tag": str(found.st_mtime_ns)}
 
 
 def view(path: str) -> memoryview:
-    """The bytes of a file: mapped where it is local, read where it is not."""
+    """The bytes of a file, mapped: a remote one from a local disk, where it takes its size until it is let go."""
     if is_url(path):
-        with _remote(path)[0].open(path, "rb") as remote:
-            return memoryview(remote.read())
+        return remote.view(path)
     try:
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -162,11 +185,10 @@ def whole(path: str) -> Iterator[IO[bytes]]:
     Two writers of the same bytes may race; the last rename wins and both are right.
     """
     if is_url(path):
-        with tempfile.TemporaryFile() as file:  # sent only when it is complete
+        with remote.spool(path) as file:  # sent only when it is complete
             yield file
-            file.seek(0)
-            with _remote(path)[0].open(path, "wb") as remote:
-                shutil.copyfileobj(file, remote)
+            remote.send(path, file)
+        _listed.pop(path, None)
         return
     folder, name = os.path.split(path)
     temporary = Path(folder or ".") / f".{name}.{secrets.token_hex(4)}.tmp"
@@ -198,23 +220,15 @@ def remove(path: str) -> None:
     """Remove a file if it is there."""
     if not is_url(path):
         Path(path).unlink(missing_ok=True)
-    elif exists(path):
-        _remote(path)[0].rm(path)
+    else:
+        remote.remove(path)
 
 
 def clear_temporaries(folder: str) -> None:
-    """Remove what killed writers left. Call it only while holding the folder's lock."""
-    if not is_url(folder):
+    """Remove what killed writers left. Call it only while holding the folder's lock, where there is one."""
+    if is_url(folder):
+        remote.abort_stale(folder)
+    else:
         for pattern in (".*.tmp", "*/.*.tmp"):
             for leftover in Path(folder).glob(pattern):
                 leftover.unlink(missing_ok=True)
-
-
-def _remote(path: str) -> tuple[Any, str]:
-    import fsspec
-
-    protocol = path.split("://", 1)[0]
-    try:
-        return fsspec.filesystem(protocol), protocol
-    except (ValueError, ImportError) as error:
-        raise InputError(f"{path}: {error}") from error
