@@ -35,7 +35,7 @@ def comparable(files: dict[str, bytes]) -> dict[str, object]:
     for name in files:
         if name.endswith(".stats.json"):
             marker = json.loads(files[name])
-            del marker["seconds"], marker["input"]["tag"]
+            del marker["seconds"], marker["finished"], marker["input"]["tag"]
             out[name] = marker
         elif name == "plan.json":
             out[name] = {k: v for k, v in json.loads(files[name]).items() if k != "key"}
@@ -85,11 +85,7 @@ def test_one_bad_object_fails_alone_and_the_next_run_does_only_that(server, work
     # this process has listed the folder before, and must see what is new in it
     poison(url, f"{bucket}/out", attack=PATCH, dose="6")
     written = [request.path.rpartition("/")[2] for request in server.requests if request.method == "PUT"]
-    assert {name for name in written if name.startswith("0")} == {
-        "00000001.tar",
-        "00000001.ledger.parquet",
-        "00000001.stats.json",
-    }
+    assert {name[:8] for name in written if name.startswith("0")} == {"00000001"}
     poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="6")
     assert download(f"{bucket}/out", "*.tar") == contents(tmp_path / "out")
     server.calm()
