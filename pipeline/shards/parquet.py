@@ -1,179 +1,286 @@
 """Parquet with an image column (bytes, or Hugging Face's struct{bytes, path}) and a caption column.
 
-Row groups are read one at a time, so memory is bounded by a row group. A shard nobody touched is copied as a file; in
-one that was touched, every other value stays equal and the row groups keep their borders.
+A row group that nobody touched is copied as bytes: pages, dictionaries, indexes and bloom filters; only the offsets in
+the footer move. One that was touched is encoded anew as the source was (codec, dictionary and encoding per column, page
+version, indexes; Hadoop's LZ4 becomes raw LZ4) and read back, and its other rows must have the digests they had. A
+file that nobody touched is copied as a file.
+
+Trade-off: one dropped row costs the encoding of its row group, twice its size in memory and at most 1 GiB of pages;
+in return most bytes are only copied. The floor is three hashes (of the file read, of the images, of the file written)
+and decoding, which the digest of a row needs.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 from pipeline.errors import InputError
-from pipeline.shards.sample import IMAGE_SUFFIXES, Counts, Sample, UidRule, check_unique, uid_of
+from pipeline.shards.footer import MAGIC, MAX_GROUP_BYTES, Footer, Moved
+from pipeline.shards.manifest import Manifest
+from pipeline.shards.reading import WINDOW, Mapping
+from pipeline.shards.rows import Reader, decoder, slices
+from pipeline.shards.sample import Counts, Sample, UidRule, check_unique
 from pipeline.shards.store import Shard, join, view, whole
-from pipeline.tables import CAPTION, IMAGE, KEY, UID, column
-
-_MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
-
-
-class _Layout:
-    """Which columns of this file hold what."""
-
-    def __init__(self, shard: Shard, schema: Any):
-        import pyarrow as pa
-
-        names = schema.names
-        self.image, self.caption = column(names, IMAGE), column(names, CAPTION)
-        self.uid, self.key = column(names, UID), column(names, KEY)
-        have = ", ".join(names)
-        if self.image is None:
-            raise InputError(f"{shard.path}: no image column ({' | '.join(IMAGE)}) among: {have}")
-        if self.caption is None:
-            raise InputError(f"{shard.path}: no caption column ({' | '.join(CAPTION)}) among: {have}")
-        if self.key is None and self.uid is None:
-            raise InputError(f"{shard.path}: neither a uid nor a key column ({' | '.join(KEY)}) among: {have}")
-        kind = schema.field(self.image).type
-        self.struct = pa.types.is_struct(kind)
-        inner = kind.field("bytes").type if self.struct and kind.get_field_index("bytes") >= 0 else kind
-        if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
-            raise InputError(f"{shard.path}: column {self.image!r} holds {kind}, not image bytes")
-        self.scalars = [n for n in names if n not in (self.image, self.caption)]
-
-    def samples(self, shard: Shard, table: Any, rule: UidRule) -> Iterator[Sample]:
-        rows = table.select(self.scalars).to_pylist() if self.scalars else [{}] * table.num_rows
-        images, captions = table.column(self.image), table.column(self.caption)
-        for row, image, caption in zip(rows, images, captions, strict=True):
-            data = (image["bytes"] if self.struct and image.is_valid else image).as_py() or b""
-            text = caption.as_py()
-            parts = {self._suffix(data): data, "txt": str(text).encode() if text is not None else b""}
-            yield Sample(self._key(row), self.uid_of(shard, row, rule), parts, row)
-
-    def uid_of(self, shard: Shard, row: dict[str, Any], rule: UidRule) -> str:
-        return uid_of(self._key(row), shard.name, row.get(str(self.uid)), rule)
-
-    def _key(self, row: dict[str, Any]) -> str:
-        return str(row[str(self.key or self.uid)])
-
-    def _suffix(self, data: bytes) -> str:
-        if self.image in IMAGE_SUFFIXES:
-            return str(self.image)
-        return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "jpg")
-
-    def changed(self, table: Any, edits: dict[int, Sample]) -> Any:
-        """The table with the image and caption of some rows replaced."""
-        import pyarrow as pa
-
-        for name in (self.image, self.caption) if edits else ():
-            field = table.schema.field(name)
-            values = table.column(name).to_pylist()
-            for row, sample in edits.items():
-                if name == self.caption:
-                    values[row] = bytes(sample.parts["txt"]).decode()
-                elif self.struct:
-                    values[row] = {**values[row], "bytes": sample.image}
-                else:
-                    values[row] = sample.image
-            table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-        return table
 
 
 def samples(shard: Shard, uid: UidRule) -> Iterator[Sample]:
-    file = _open(shard)
-    layout = _Layout(shard, file.schema_arrow)
+    reader = Reader(shard)
     seen: list[str] = []
-    for group in range(file.num_row_groups):
-        for sample in layout.samples(shard, file.read_row_group(group), uid):
+    for group in range(len(reader.footer.groups)):
+        for sample in reader.samples(group, uid):
             seen.append(sample.uid)
             yield sample
     check_unique(seen, shard.path)
 
 
 def uids(shard: Shard, uid: UidRule) -> list[str]:
-    file = _open(shard)
-    layout = _Layout(shard, file.schema_arrow)
-    table = file.read(columns=[c for c in (layout.uid, layout.key) if c])
-    found = [layout.uid_of(shard, row, uid) for row in table.to_pylist()]
+    reader = Reader(shard)
+    batches = (b for group in range(len(reader.footer.groups)) for b in reader.slices(group, reader.layout.names))
+    found = [name for batch in batches for _, name in reader.layout.identities(batch, uid)]
     check_unique(found, shard.path)
     return found
 
 
-def rewrite(shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule) -> Counts:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def manifest(shard: Shard, uid: UidRule) -> Manifest:
+    reader, found = Reader(shard), Manifest()
+    through = _Through(shard.path, reader.footer.view)
+    for number, group in enumerate(reader.footer.groups):
+        through.to(group.end)
+        for batch in reader.slices(number):
+            digests = reader.layout.digests(batch, reader.layout.images(batch))
+            for (key, name), digest in zip(reader.layout.identities(batch, uid), digests, strict=True):
+                found.add(name, key, digest)
+    check_unique(found.uids, shard.path)
+    found.between = through.digest()
+    return found
 
-    counts = Counts(output=shard.file)
-    clock = time.perf_counter()
-    buffer = view(shard.path)
-    counts.input_sha256 = hashlib.sha256(buffer).hexdigest()
-    file = _open(shard)
-    layout = _Layout(shard, file.schema_arrow)
-    keep: list[list[bool]] = []
-    edits: list[dict[int, Sample]] = []
-    seen: list[str] = []
-    spent_editing = 0.0
-    for group in range(file.num_row_groups):
-        keep.append([])
-        edits.append({})
-        for row, sample in enumerate(layout.samples(shard, file.read_row_group(group), uid)):
-            seen.append(sample.uid)
+
+def intact(shard: Shard, known: Manifest) -> bool:
+    """Whether the file is the one that the manifest was made of; for that its rows need not be decoded."""
+    return _Through(shard.path, view(shard.path)).digest() == known.between
+
+
+def rewrite(
+    shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule, dropped: str | None
+) -> Counts:
+    counts, before, started = Counts(output=shard.output), Manifest(), time.perf_counter()
+    computing = writing = 0.0
+    reader = Reader(shard)
+    through = _Through(shard.path, reader.footer.view)
+    with ExitStack() as files:
+        kept = _Sink(files.enter_context(whole(join(out, shard.output))), reader)
+        rest = _Sink(files.enter_context(whole(join(dropped, shard.output))), reader) if dropped else None
+        for number, group in enumerate(reader.footer.groups):
+            through.to(group.end)
+            fates = _decide(reader, number, edit, uid)
+            computing += fates.seconds
+            counts.changed += fates.changed
+            for name in fates.names:
+                before.add(*name)
             tick = time.perf_counter()
-            after = edit(sample)
-            spent_editing += time.perf_counter() - tick
-            keep[-1].append(after is not None)
-            if after is not None and after is not sample:
-                edits[-1][row] = after
-    check_unique(seen, shard.path)
-    counts.read = len(seen)
-    counts.out = sum(map(sum, keep))
-    counts.dropped, counts.changed = counts.read - counts.out, sum(map(len, edits))
-    counts.seconds["read"] = time.perf_counter() - clock - spent_editing
-    counts.seconds["compute"] = spent_editing
-    clock = time.perf_counter()
-    with whole(join(out, shard.file)) as target:
-        sink = _Hashing(target)
-        if not counts.dropped and not counts.changed:
-            sink.write(buffer)
-        else:
-            codec = file.metadata.row_group(0).column(0).compression if file.num_row_groups else "SNAPPY"
-            with pq.ParquetWriter(pa.PythonFile(sink, "w"), file.schema_arrow, compression=codec) as writer:
-                for group in range(file.num_row_groups):
-                    table = layout.changed(file.read_row_group(group), edits[group])
-                    writer.write_table(table.filter(pa.array(keep[group], pa.bool_())))
-    counts.output_sha256, counts.output_bytes = sink.sha256.hexdigest(), sink.written
-    counts.seconds["write"] = time.perf_counter() - clock
+            kept.add(number, fates, fates.keep, fates.edits)
+            if rest:
+                rest.add(number, fates, [not keep for keep in fates.keep], {})
+            writing += time.perf_counter() - tick
+        check_unique(before.uids, shard.path)
+        before.between = through.digest()
+        tick = time.perf_counter()
+        for sink in (kept, rest) if rest else (kept,):
+            sink.close(before.between)
+    kept.manifest.save(out, shard.name)
+    if rest and dropped:
+        rest.manifest.save(dropped, shard.name)
+    writing += time.perf_counter() - tick
+    counts.read, counts.out = len(before.uids), len(kept.manifest.uids)
+    counts.dropped = counts.read - counts.out
+    counts.input_sha256, counts.output_sha256, counts.output_bytes = before.sha256, kept.manifest.sha256, kept.written
+    total = time.perf_counter() - started
+    counts.seconds = {"read": total - computing - writing, "compute": computing, "write": writing}
     return counts
 
 
-class _Hashing:
-    """What pyarrow needs of a file, hashing on the way."""
+@dataclass
+class _Fates:
+    """What becomes of the rows of a row group."""
 
-    closed = False
+    names: list[tuple[str, str, bytes]] = field(default_factory=list)  # uid, key, digests
+    keep: list[bool] = field(default_factory=list)
+    edits: dict[int, tuple[bytes | None, bytes | None]] = field(default_factory=dict)  # row -> new image, new caption
+    changed: int = 0
+    seconds: float = 0.0
 
-    def __init__(self, file: Any):
-        self.file, self.sha256, self.written = file, hashlib.sha256(), 0
 
-    def write(self, data: Any) -> int:
+def _decide(reader: Reader, number: int, edit: Callable[[Sample], Sample | None], rule: UidRule) -> _Fates:
+    fates, layout = _Fates(), reader.layout
+    for batch in reader.slices(number):
+        images = layout.images(batch)
+        digests = layout.digests(batch, images)
+        for sample, digest in zip(layout.samples(batch, images, rule), digests, strict=True):
+            tick = time.perf_counter()
+            after = edit(sample)
+            fates.seconds += time.perf_counter() - tick
+            if after is not None and after is not sample:
+                fates.changed += 1
+                new = {k: bytes(v) for k, v in after.parts.items() if v is not sample.parts[k]}
+                if new:
+                    fates.edits[len(fates.keep)] = (next((new[k] for k in new if k != "txt"), None), new.get("txt"))
+            fates.keep.append(after is not None)
+            fates.names.append((sample.uid, sample.key, digest))
+    return fates
+
+
+class _Sink:
+    """A parquet file in the making.
+
+    Row groups to be copied wait until one comes that is not the source's, or the end: if then they are all, the file is
+    copied as it is, gaps and order included.
+    """
+
+    def __init__(self, file: IO[bytes], reader: Reader):
+        self.file, self.reader, self.source = file, reader, reader.footer
+        self.manifest, self.written = Manifest(), 0
+        self._sha256 = hashlib.sha256()
+        self._waiting: list[int] = []
+        self._moved: list[Moved] = []
+
+    def add(
+        self, number: int, fates: _Fates, keep: list[bool], edits: dict[int, tuple[bytes | None, bytes | None]]
+    ) -> None:
+        """The rows of a row group that are to be kept; none leave no row group."""
+        names = [name for name, there in zip(fates.names, keep, strict=True) if there]
+        if all(keep) and not edits:
+            self._waiting.append(number)
+        elif names:
+            encoded = _encoded(self.reader, number, keep, edits)
+            like = None if edits else number  # rows that changed may not be in order any more
+            moved = self.source.moved(encoded, 0, encoded.groups[0].chunks[0].start, like)
+            digests = _digests(self.reader, encoded, moved)
+            _check_equal(f"{self.source.path}: row group {number}", fates, keep, edits, digests)
+            names = [(uid, key, digest) for (uid, key, _), digest in zip(names, digests, strict=True)]
+            self._flush()
+            self._append(encoded, 0, like)
+        for name in names:
+            self.manifest.add(*name)
+
+    def close(self, source_sha256: bytes) -> None:
+        if len(self._waiting) == len(self.source.groups):
+            for at in range(0, len(self.source.view), WINDOW):
+                self.source.reach(at, at + WINDOW)
+                self.file.write(self.source.view[at : at + WINDOW])
+            self.written, self.manifest.between = len(self.source.view), source_sha256
+            return
+        self._flush()
+        for moved in self._moved:
+            for content in moved.place(self.written):
+                self._write(content)
+        if not self.written:
+            self._write(MAGIC)
+        self._write(self.source.tail([moved.struct for moved in self._moved]))
+        self.manifest.between = self._sha256.digest()
+
+    def _flush(self) -> None:
+        for number in self._waiting:
+            if self.source.groups[number].rows:  # writers put anything into the offsets of an empty one
+                self._append(self.source, number, None)
+        self._waiting = []
+
+    def _append(self, source: Footer, number: int, like: int | None) -> None:
+        if not self.written:
+            self._write(MAGIC)
+        moved = self.source.moved(source, number, self.written, like)
+        for start, end in moved.pieces:
+            for at in range(start, end, WINDOW):
+                source.reach(at, min(at + WINDOW, end))
+                self._write(source.view[at : min(at + WINDOW, end)])
+        self._moved.append(moved._replace(pieces=[]))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
         self.file.write(data)
-        self.sha256.update(data)
         self.written += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.written
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        pass
 
 
-def _open(shard: Shard) -> Any:
+def _encoded(
+    reader: Reader, number: int, keep: list[bool], edits: dict[int, tuple[bytes | None, bytes | None]]
+) -> Footer:
+    """A file in memory whose one row group has the rows to keep. Raises InputError where they cannot be written so."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    where, at, held, tables = f"{reader.shard.path}: row group {number}", 0, 0, []
+    for batch in reader.slices(number):
+        rows = range(at, at + len(batch))
+        table = reader.layout.edited(batch, {row - at: edits[row] for row in rows if row in edits})
+        tables.append(table.filter(pa.array(keep[at : rows.stop], pa.bool_())).combine_chunks())
+        at, held = rows.stop, held + tables[-1].nbytes
+        if held > MAX_GROUP_BYTES:
+            raise InputError(f"{where} has more than {MAX_GROUP_BYTES} bytes to encode; write smaller row groups first")
+    table, out = pa.concat_tables(tables), pa.BufferOutputStream()
     try:
-        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(view(shard.path))))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{shard.path}: not a readable parquet file ({error}); fetch the shard again") from error
+        options = reader.footer.writing(number, _leaf_names(reader.shard.path, table.schema))
+        pq.write_table(table, out, row_group_size=len(table), store_schema=False, **options)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"{where} cannot be encoded as it came ({error}); write the shard with pyarrow first"
+        ) from error
+    encoded = Footer(reader.shard.path, memoryview(out.getvalue()))
+    if [leaf.stored for leaf in encoded.leaves] != [leaf.stored for leaf in reader.footer.leaves]:
+        raise InputError(f"{where} has columns that pyarrow stores in another way; write the shard with pyarrow first")
+    return encoded
+
+
+def _leaf_names(path: str, schema: Any) -> list[str]:
+    """The leaves as pyarrow's writer will call them, which differs in lists of other writers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), out)
+    return [b".".join(leaf.path).decode() for leaf in Footer(path, memoryview(out.getvalue())).leaves]
+
+
+def _digests(reader: Reader, encoded: Footer, moved: Moved) -> list[bytes]:
+    """Those of the rows as readers of the output will see them: new pages under the old schema."""
+    layout = reader.layout
+    batches = slices(encoded, decoder(reader.footer, encoded, [moved.struct]), 0)
+    return [digest for batch in batches for digest in layout.digests(batch, layout.images(batch))]
+
+
+def _check_equal(
+    where: str,
+    fates: _Fates,
+    keep: list[bool],
+    edits: dict[int, tuple[bytes | None, bytes | None]],
+    digests: list[bytes],
+) -> None:
+    """Raises InputError unless what was not edited has the digest it had."""
+    after = iter(digests)
+    for row, (_, key, before) in enumerate(fates.names):
+        if keep[row]:
+            image, caption = edits.get(row, (None, None))
+            expected = hashlib.sha256(image).digest() if image is not None else before[:32]
+            found = next(after)
+            if found[:32] != expected or (caption is None and found[32:] != before[32:]):
+                what = f"{where}: the row {key!r} is not the same when it is encoded again"
+                raise InputError(f"{what}; write the shard with pyarrow first")
+
+
+class _Through:
+    """The sha256 of a file, taken as far as its rows are being read, so that both find the bytes in the cache."""
+
+    def __init__(self, path: str, view: memoryview):
+        self._file, self._sha256, self._at = Mapping(path, view), hashlib.sha256(), 0
+
+    def to(self, end: int) -> None:
+        while self._at < end:
+            stop = min(self._at + WINDOW, end)
+            self._file.reach(stop, self._at)
+            self._sha256.update(self._file.view[self._at : stop])
+            self._at = stop
+
+    def digest(self) -> bytes:
+        self.to(self._file.size)
+        return self._sha256.digest()
