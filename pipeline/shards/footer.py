@@ -17,7 +17,7 @@ MAX_PAGES = 100_000  # of a column chunk
 MAX_PAGE_HEADER_BYTES = 1024**2
 MAX_GROUP_BYTES = 1024**3  # of the pages in memory at a time, and of a row group that is encoded anew
 MAX_SLICE_BYTES = 256 * 1024**2  # of the rows that are decoded together
-SLICE_BYTES, SLICE_ROWS = 8 * 1024**2, 1024  # what they usually are
+SLICE_BYTES, SLICE_ROWS = 2 * 1024**2, 1024  # what they usually are
 MAGIC = b"PAR1"
 
 # Field ids of parquet.thrift: FileMetaData, RowGroup, ColumnChunk, ColumnMetaData
@@ -78,7 +78,7 @@ class Pages(NamedTuple):
 
     total: int
     largest: int  # data page
-    dictionary: int
+    dictionary: int | None  # which may be empty, or missing
     longest: int  # value that a few bytes can repeat; 0 where every value has bytes of its own
     encodings: frozenset[int]
     second_version: bool
@@ -142,6 +142,8 @@ class Footer:
         if _get(meta, _TYPE, I32) != leaf.stored[0] or values < 0 or size < 0 or (values != rows and not leaf.repeated):
             raise ValueError(f"column {_name(leaf)} is not what the schema says")
         start = dictionary if 0 < dictionary < start else start  # some writers state 0 where there is none
+        if rows and max(dictionary, meta[_DATA][1]) > start + size:
+            raise ValueError(f"the pages of column {_name(leaf)} begin behind their end")
         return Chunk(leaf, struct, meta, start, start + size if rows else start)  # without rows, any offset is seen
 
     def _check_ranges(self, end: int) -> None:
@@ -157,7 +159,7 @@ class Footer:
 
     def _pages(self, chunk: Chunk) -> Pages:
         at, values, encodings, versions, checksums = chunk.start, 0, set[int](), set[int](), False
-        sizes, dictionary, longest = [0], 0, chunk.leaf.stored[1]
+        sizes, dictionary, longest = [0], None, chunk.leaf.stored[1]
         for number in range(MAX_PAGES + 1):
             if at == chunk.end:
                 break
@@ -181,7 +183,7 @@ class Footer:
                 sizes.append(size)
         if values != _get(chunk.meta, _VALUES, I64):
             raise ValueError(f"{values} values in the pages of {_name(chunk.leaf)}, not as stated")
-        total, second = sum(sizes) + dictionary, _DATA_PAGE_2 in versions
+        total, second = sum(sizes) + (dictionary or 0), _DATA_PAGE_2 in versions
         return Pages(total, max(sizes), dictionary, longest, frozenset(encodings), second, checksums)
 
     def _longest(self, chunk: Chunk, header: Struct, start: int, end: int) -> int:
@@ -225,7 +227,7 @@ class Footer:
             for page, chunk in zip(pages, group.chunks, strict=True)
             if chunk.leaf.repeated
         )
-        held = sum(page.largest + page.dictionary for page in pages)
+        held = sum(page.largest + (page.dictionary or 0) for page in pages)
         if max(held, lists) > MAX_GROUP_BYTES or row > MAX_SLICE_BYTES:
             what = f"a page, a list or a value of row group {number} may take {max(held, lists, row)} bytes in memory"
             raise InputError(f"{self.path}: {what}; refused, write smaller row groups")
@@ -243,8 +245,8 @@ class Footer:
         asked = {name: _ENCODINGS[e] for name, page in pages.items() for e in page.encodings if e in _ENCODINGS}
         return {
             "compression": codecs,
-            "use_dictionary": [name for name, page in pages.items() if page.dictionary],
-            "column_encoding": {name: e for name, e in asked.items() if not pages[name].dictionary} or None,
+            "use_dictionary": [name for name, page in pages.items() if page.dictionary is not None],
+            "column_encoding": {name: e for name, e in asked.items() if pages[name].dictionary is None} or None,
             "write_statistics": [name for name, chunk in chunks if _STATISTICS in chunk.meta],
             "bloom_filter_options": {name: True for name, chunk in chunks if _BLOOM in chunk.meta} or None,
             "write_page_index": any(_COLUMN_INDEX in chunk.struct for _, chunk in chunks),
@@ -260,7 +262,12 @@ class Footer:
 
         `like` is the row group of this file that it replaces: one that was filtered is sorted as that was.
         """
-        group = source.groups[number]
+        try:
+            return self._moved(source, source.groups[number], at, like)
+        except ValueError as error:
+            raise InputError(f"{self.path}: row group {number} has a broken index ({error}); fetch the shard again") from error
+
+    def _moved(self, source: "Footer", group: Group, at: int, like: int | None) -> "Moved":
         begin, columns, pieces, beside = at, [], [], []
         for leaf, chunk in zip(self.leaves, group.chunks, strict=True):
             shift = at - chunk.start
@@ -275,7 +282,9 @@ class Footer:
             pieces.append((chunk.start, chunk.end))
             for in_meta, field, start, end in _beside(chunk):
                 source.reach(start, end)
-                content = _shifted(source.view[start:end], shift) if field == _OFFSET_INDEX else source.view[start:end]
+                content: Buffer = source.view[start:end]
+                if field == _OFFSET_INDEX:
+                    content = _shifted(content, chunk, shift)
                 beside.append((meta if in_meta else column, field, content if source is self else bytes(content)))
             at += chunk.end - chunk.start
         struct = {**group.struct, _CHUNKS: (LIST, (STRUCT, columns))}
@@ -327,7 +336,9 @@ def _leaves(schema: list[Struct]) -> list[Leaf]:
         left, path, levels = open_groups[-1]
         left[0] -= 1
         step = _get(element, 3, I32)
-        path, levels = (*path, _get(element, 4, BINARY)), (*levels, step) if step else levels
+        name = _get(element, 4, BINARY)
+        name.decode()  # raises ValueError where it is not UTF-8
+        path, levels = (*path, name), (*levels, step) if step else levels
         if 1 not in element:
             open_groups.append(([_get(element, 5, I32)], path, levels))
             continue
@@ -355,11 +366,14 @@ def _beside(chunk: Chunk) -> Iterator[tuple[bool, int, int, int]]:
             yield in_meta, field, start, start + size
 
 
-def _shifted(index: memoryview, by: int) -> bytes:
+def _shifted(index: Buffer, chunk: Chunk, by: int) -> bytes:
     """An offset index whose pages have moved."""
     struct, _ = read_struct(index, 0, len(index))
     for location in _items(struct, 1, STRUCT):
-        location[1] = (I64, _get(location, 1, I64) + by)
+        start = _get(location, 1, I64)
+        if not chunk.start <= start <= start + _get(location, 2, I32) <= chunk.end:
+            raise ValueError(f"a page of {_name(chunk.leaf)} lies outside its column")
+        location[1] = (I64, start + by)
     return written(struct)
 
 

@@ -249,6 +249,7 @@ def _is_text(kind: Any) -> bool:
 def _texts(array: Any) -> list[str | None]:
     """The values as text; None for null and what is not UTF-8."""
     try:
-        return [None if value is None else str(value) for value in array.to_pylist()]
+        values = array.to_pylist()
+        return [v.decode() if isinstance(v, bytes) else None if v is None else str(v) for v in values]
     except UnicodeDecodeError:
         return [None] * len(array)
