@@ -8,15 +8,26 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
+from pipeline.shards.pages import CODEC, CODECS, MAX_SLICE_BYTES, VALUES, Chunk, Leaf, Pages, walk
 from pipeline.shards.reading import WINDOW, Mapping
-from pipeline.shards.thrift import BINARY, I32, I64, LIST, MAX_DEPTH, STRUCT, Buffer, Struct, read_struct, written
+from pipeline.shards.thrift import (
+    BINARY,
+    I32,
+    I64,
+    LIST,
+    MAX_DEPTH,
+    STRUCT,
+    Buffer,
+    Struct,
+    get,
+    items,
+    read_struct,
+    written,
+)
 
 MAX_FOOTER_BYTES = 64 * 1024**2
 MAX_ROWS = 2_000_000
-MAX_PAGES = 100_000  # of a column chunk
-MAX_PAGE_HEADER_BYTES = 1024**2
 MAX_GROUP_BYTES = 1024**3  # of the pages in memory at a time, and of a row group that is encoded anew
-MAX_SLICE_BYTES = 256 * 1024**2  # of the rows that are decoded together
 SLICE_BYTES, SLICE_ROWS = 2 * 1024**2, 1024  # what they usually are
 MAGIC = b"PAR1"
 
@@ -24,43 +35,11 @@ MAGIC = b"PAR1"
 _SCHEMA, _ROWS, _GROUPS, _FACTS, _ENCRYPTION = 2, 3, 4, 5, 8
 _CHUNKS, _GROUP_ROWS, _SORTING, _GROUP_OFFSET, _ORDINAL = 1, 3, 4, 5, 7
 _FILE, _CHUNK_OFFSET, _META, _OFFSET_INDEX, _COLUMN_INDEX, _CRYPTO, _ENCRYPTED = 1, 2, 3, 4, 6, 8, 9
-_TYPE, _PATH, _CODEC, _VALUES, _SIZE, _DATA, _INDEX_PAGE, _DICTIONARY, _STATISTICS, _BLOOM = (
-    *(1, 3, 4, 5, 7),
-    *(9, 10, 11, 12, 14),
-)
-_INT32, _INT64, _INT96, _BYTE_ARRAY, _FIXED = 1, 2, 3, 6, 7
-_DATA_PAGE, _INDEX_PAGE_KIND, _DICTIONARY_PAGE, _DATA_PAGE_2 = range(4)
-_DECIMAL = 5
-_REPEATED = 2
-_CODECS = {0: "none", 1: "snappy", 2: "gzip", 4: "brotli", 5: "lz4", 6: "zstd", 7: "lz4"}
-_DELTA_BYTE_ARRAY = 7
+_TYPE, _PATH, _SIZE, _DATA, _INDEX_PAGE, _DICTIONARY, _STATISTICS, _BLOOM = 1, 3, 7, 9, 10, 11, 12, 14
+_INT32, _INT64, _INT96, _FIXED = 1, 2, 3, 7
+_DECIMAL = 5  # of ConvertedType
 # Encodings that a writer must have been asked for; the others follow from type, page version and dictionary.
 _ENCODINGS = {5: "DELTA_BINARY_PACKED", 6: "DELTA_LENGTH_BYTE_ARRAY", 7: "DELTA_BYTE_ARRAY", 9: "BYTE_STREAM_SPLIT"}
-
-
-class Leaf(NamedTuple):
-    """A column as parquet stores it. `levels` are the optional (1) and repeated (2) steps from the root to it.
-
-    Pages of one leaf are valid in another of the same `stored`, whatever the groups between are called.
-    """
-
-    path: tuple[bytes, ...]
-    stored: tuple[int, int, tuple[int, ...]]  # physical type, length of a fixed-length value, levels
-    decimal: bool
-
-    @property
-    def repeated(self) -> bool:
-        return _REPEATED in self.stored[2]
-
-
-class Chunk(NamedTuple):
-    """The pages of a leaf in a row group: `view[start:end]`."""
-
-    leaf: Leaf
-    struct: Struct
-    meta: Struct
-    start: int
-    end: int
 
 
 class Group(NamedTuple):
@@ -73,18 +52,6 @@ class Group(NamedTuple):
         return max((chunk.end for chunk in self.chunks), default=0)
 
 
-class Pages(NamedTuple):
-    """What the page headers of a chunk say; bytes are uncompressed."""
-
-    total: int
-    largest: int  # data page
-    dictionary: int | None  # which may be empty, or missing
-    longest: int  # value that a few bytes can repeat; 0 where every value has bytes of its own
-    encodings: frozenset[int]
-    second_version: bool
-    checksums: bool
-
-
 class Footer:
     """The metadata of the parquet file in `view`. Raises InputError, naming `path`, where it cannot be trusted."""
 
@@ -92,10 +59,10 @@ class Footer:
         self.path, self.view, self._file = path, view.cast("B"), Mapping(path, view)
         try:
             self._meta, end = self._read()
-            self.leaves = _leaves(_items(self._meta, _SCHEMA, STRUCT))
-            self.groups = [self._group(group) for group in _items(self._meta, _GROUPS, STRUCT)]
+            self.leaves = _leaves(items(self._meta, _SCHEMA, STRUCT))
+            self.groups = [self._group(group) for group in items(self._meta, _GROUPS, STRUCT)]
             rows = sum(group.rows for group in self.groups)
-            if rows != _get(self._meta, _ROWS, I64) or rows > MAX_ROWS:
+            if rows != get(self._meta, _ROWS, I64) or rows > MAX_ROWS:
                 raise ValueError(f"{rows} rows in its row groups, more than it states or than {MAX_ROWS}")
             self._check_ranges(end)
         except ValueError as error:
@@ -126,7 +93,7 @@ class Footer:
             self._file.reach(min(at + WINDOW, end), at)
 
     def _group(self, struct: Struct) -> Group:
-        rows, chunks = _get(struct, _GROUP_ROWS, I64), _items(struct, _CHUNKS, STRUCT)
+        rows, chunks = get(struct, _GROUP_ROWS, I64), items(struct, _CHUNKS, STRUCT)
         if rows < 0 or len(chunks) != len(self.leaves):
             raise ValueError(f"a row group of {rows} rows and {len(chunks)} columns, of {len(self.leaves)}")
         return Group(struct, rows, [self._chunk(*pair, rows) for pair in zip(chunks, self.leaves, strict=True)])
@@ -136,14 +103,14 @@ class Footer:
             raise InputError(f"{self.path}: its columns lie in other files; write it as one file")
         if _CRYPTO in struct or _ENCRYPTED in struct:
             raise InputError(f"{self.path}: has encrypted columns; decrypt it first")
-        meta = _get(struct, _META, STRUCT)
-        values, size = _get(meta, _VALUES, I64), _get(meta, _SIZE, I64)
-        start, dictionary = _get(meta, _DATA, I64), _get(meta, _DICTIONARY, I64, 0)
-        if _get(meta, _TYPE, I32) != leaf.stored[0] or values < 0 or size < 0 or (values != rows and not leaf.repeated):
-            raise ValueError(f"column {_name(leaf)} is not what the schema says")
+        meta = get(struct, _META, STRUCT)
+        values, size = get(meta, VALUES, I64), get(meta, _SIZE, I64)
+        start, dictionary = get(meta, _DATA, I64), get(meta, _DICTIONARY, I64, 0)
+        if get(meta, _TYPE, I32) != leaf.stored[0] or values < 0 or size < 0 or (values != rows and not leaf.repeated):
+            raise ValueError(f"column {leaf.name} is not what the schema says")
         start = dictionary if 0 < dictionary < start else start  # some writers state 0 where there is none
         if rows and max(dictionary, meta[_DATA][1]) > start + size:
-            raise ValueError(f"the pages of column {_name(leaf)} begin behind their end")
+            raise ValueError(f"the pages of column {leaf.name} begin behind their end")
         return Chunk(leaf, struct, meta, start, start + size if rows else start)  # without rows, any offset is seen
 
     def _check_ranges(self, end: int) -> None:
@@ -157,61 +124,10 @@ class Footer:
                     raise ValueError(f"bytes {start} to {stop} overlap others or lie outside the file")
                 position = stop
 
-    def _pages(self, chunk: Chunk) -> Pages:
-        at, values, encodings, versions, checksums = chunk.start, 0, set[int](), set[int](), False
-        sizes, dictionary, longest = [0], None, chunk.leaf.stored[1]
-        for number in range(MAX_PAGES + 1):
-            if at == chunk.end:
-                break
-            header, data = read_struct(self.view, at, min(chunk.end, at + MAX_PAGE_HEADER_BYTES))
-            kind, size, at = _get(header, 1, I32), _get(header, 2, I32), data + _get(header, 3, I32)
-            if number == MAX_PAGES or size < 0 or not data <= at <= chunk.end:
-                raise ValueError(f"more than {MAX_PAGES} pages, or one that does not fit, in {_name(chunk.leaf)}")
-            checksums |= 4 in header
-            if kind == _DICTIONARY_PAGE:
-                if number:
-                    raise ValueError(f"a dictionary behind its values in {_name(chunk.leaf)}")
-                dictionary = size
-                longest = max(longest, self._longest(chunk, header, data, at))
-            elif kind in (_DATA_PAGE, _DATA_PAGE_2):
-                page = _get(header, 5 if kind == _DATA_PAGE else 8, STRUCT)
-                values += _get(page, 1, I32)
-                encoding = _get(page, 2 if kind == _DATA_PAGE else 4, I32)
-                longest = max(longest, size if encoding == _DELTA_BYTE_ARRAY else 0)
-                encodings.add(encoding)
-                versions.add(kind)
-                sizes.append(size)
-        if values != _get(chunk.meta, _VALUES, I64):
-            raise ValueError(f"{values} values in the pages of {_name(chunk.leaf)}, not as stated")
-        total, second = sum(sizes) + (dictionary or 0), _DATA_PAGE_2 in versions
-        return Pages(total, max(sizes), dictionary, longest, frozenset(encodings), second, checksums)
-
-    def _longest(self, chunk: Chunk, header: Struct, start: int, end: int) -> int:
-        """Bytes of the longest value in a dictionary page; where that is dear to find out, of the whole page."""
-        size, count = _get(header, 2, I32), _get(_get(header, 7, STRUCT), 1, I32)
-        codec = {5: "", 7: "lz4_raw"}.get(number := _get(chunk.meta, _CODEC, I32), _CODECS.get(number, ""))
-        if chunk.leaf.stored[0] != _BYTE_ARRAY or size < 2**16 or size > MAX_SLICE_BYTES or count > 10**5 or not codec:
-            return size
-        import pyarrow as pa
-
-        data: Any = self.view[start:end]
-        if codec != "none":
-            try:
-                data = memoryview(pa.decompress(pa.py_buffer(data), decompressed_size=size, codec=codec))
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"the dictionary of {_name(chunk.leaf)} cannot be decompressed") from error
-        at = longest = 0
-        for _ in range(count):
-            length = int.from_bytes(data[at : at + 4], "little")
-            longest, at = max(longest, length), at + 4 + length
-        if at > len(data):
-            raise ValueError(f"the dictionary of {_name(chunk.leaf)} ends within a value")
-        return longest
-
     def pages(self, number: int) -> list[Pages]:
         """Of every column of a row group. Raises InputError where they are not what the footer says."""
         try:
-            return [self._pages(chunk) for chunk in self.groups[number].chunks]
+            return [walk(self.view, chunk) for chunk in self.groups[number].chunks]
         except ValueError as error:
             raise InputError(f"{self.path}: row group {number} is broken ({error}); fetch the shard again") from error
 
@@ -223,7 +139,7 @@ class Footer:
         group, pages = self.groups[number], self.pages(number)
         row = sum(page.longest for page, chunk in zip(pages, group.chunks, strict=True) if not chunk.leaf.repeated)
         lists = sum(
-            _get(chunk.meta, _VALUES, I64) * max(8, page.longest)
+            get(chunk.meta, VALUES, I64) * max(8, page.longest)
             for page, chunk in zip(pages, group.chunks, strict=True)
             if chunk.leaf.repeated
         )
@@ -239,7 +155,7 @@ class Footer:
         """Options of pyarrow's writer that encode as this row group is encoded; `names` are the leaves' there."""
         chunks = list(zip(names, self.groups[number].chunks, strict=True))
         pages = dict(zip(names, self.pages(number), strict=True))
-        codecs = {name: _CODECS.get(_get(chunk.meta, _CODEC, I32)) for name, chunk in chunks}
+        codecs = {name: CODECS.get(get(chunk.meta, CODEC, I32)) for name, chunk in chunks}
         if None in codecs.values():
             raise InputError(f"{self.path}: row group {number} has a codec that cannot be written; write it with zstd")
         asked = {name: _ENCODINGS[e] for name, page in pages.items() for e in page.encodings if e in _ENCODINGS}
@@ -265,7 +181,8 @@ class Footer:
         try:
             return self._moved(source, source.groups[number], at, like)
         except ValueError as error:
-            raise InputError(f"{self.path}: row group {number} has a broken index ({error}); fetch the shard again") from error
+            where = f"{self.path}: row group {number}"
+            raise InputError(f"{where} has a broken index ({error}); fetch the shard again") from error
 
     def _moved(self, source: "Footer", group: Group, at: int, like: int | None) -> "Moved":
         begin, columns, pieces, beside = at, [], [], []
@@ -273,7 +190,7 @@ class Footer:
             shift = at - chunk.start
             meta = {k: v for k, v in chunk.meta.items() if k not in (_INDEX_PAGE, _BLOOM, _BLOOM + 1)}
             meta |= {_PATH: (LIST, (BINARY, list(leaf.path))), _DATA: (I64, meta[_DATA][1] + shift)}
-            if _get(meta, _DICTIONARY, I64, 0) > 0:
+            if get(meta, _DICTIONARY, I64, 0) > 0:
                 meta[_DICTIONARY] = (I64, meta[_DICTIONARY][1] + shift)
             begins = chunk.struct.get(_CHUNK_OFFSET) == (I64, chunk.start)  # else a copy of the metadata, left behind
             column = {k: v for k, v in chunk.struct.items() if k < _OFFSET_INDEX or k > _COLUMN_INDEX + 1}
@@ -300,7 +217,7 @@ class Footer:
 
         Without `facts` it has no key-value metadata: pyarrow then gives the stored types, whatever ARROW:schema says.
         """
-        rows = sum(_get(group, _GROUP_ROWS, I64) for group in groups)
+        rows = sum(get(group, _GROUP_ROWS, I64) for group in groups)
         meta = {**self._meta, _ROWS: (I64, rows), _GROUPS: (LIST, (STRUCT, groups))}
         if not facts:
             meta.pop(_FACTS, None)
@@ -327,7 +244,7 @@ def _leaves(schema: list[Struct]) -> list[Leaf]:
     if not schema:
         raise ValueError("no schema")
     leaves: list[Leaf] = []
-    open_groups: list[tuple[list[int], tuple[bytes, ...], tuple[int, ...]]] = [([_get(schema[0], 5, I32, 0)], (), ())]
+    open_groups: list[tuple[list[int], tuple[bytes, ...], tuple[int, ...]]] = [([get(schema[0], 5, I32, 0)], (), ())]
     for element in schema[1:]:
         while open_groups and not open_groups[-1][0][0]:
             open_groups.pop()
@@ -335,15 +252,15 @@ def _leaves(schema: list[Struct]) -> list[Leaf]:
             raise ValueError(f"a schema that does not add up, or of more than {MAX_DEPTH} levels")
         left, path, levels = open_groups[-1]
         left[0] -= 1
-        step = _get(element, 3, I32)
-        name = _get(element, 4, BINARY)
+        step = get(element, 3, I32)
+        name = get(element, 4, BINARY)
         name.decode()  # raises ValueError where it is not UTF-8
         path, levels = (*path, name), (*levels, step) if step else levels
         if 1 not in element:
-            open_groups.append(([_get(element, 5, I32)], path, levels))
+            open_groups.append(([get(element, 5, I32)], path, levels))
             continue
-        kind, decimal = _get(element, 1, I32), element.get(6) == (I32, _DECIMAL)
-        length = _get(element, 2, I32) if kind == _FIXED else 0
+        kind, decimal = get(element, 1, I32), element.get(6) == (I32, _DECIMAL)
+        length = get(element, 2, I32) if kind == _FIXED else 0
         if length < 0:
             raise ValueError("a value of negative length")
         leaves.append(Leaf(path, (kind, length, levels), decimal and kind in (_INT32, _INT64)))
@@ -360,7 +277,7 @@ def _beside(chunk: Chunk) -> Iterator[tuple[bool, int, int, int]]:
     for in_meta, field in ((False, _COLUMN_INDEX), (False, _OFFSET_INDEX), (True, _BLOOM)):
         owner = chunk.meta if in_meta else chunk.struct
         if field in owner and field + 1 in owner:
-            start, size = _get(owner, field, I64), _get(owner, field + 1, I32)
+            start, size = get(owner, field, I64), get(owner, field + 1, I32)
             if size < 0:
                 raise ValueError("an index of negative length")
             yield in_meta, field, start, start + size
@@ -369,28 +286,9 @@ def _beside(chunk: Chunk) -> Iterator[tuple[bool, int, int, int]]:
 def _shifted(index: Buffer, chunk: Chunk, by: int) -> bytes:
     """An offset index whose pages have moved."""
     struct, _ = read_struct(index, 0, len(index))
-    for location in _items(struct, 1, STRUCT):
-        start = _get(location, 1, I64)
-        if not chunk.start <= start <= start + _get(location, 2, I32) <= chunk.end:
-            raise ValueError(f"a page of {_name(chunk.leaf)} lies outside its column")
+    for location in items(struct, 1, STRUCT):
+        start = get(location, 1, I64)
+        if not chunk.start <= start <= start + get(location, 2, I32) <= chunk.end:
+            raise ValueError(f"a page of {chunk.leaf.name} lies outside its column")
         location[1] = (I64, start + by)
     return written(struct)
-
-
-def _get(struct: Struct, field: int, kind: int, default: Any = None) -> Any:
-    """Raises ValueError where the field is of another kind, or missing and without a default."""
-    found, value = struct.get(field, (kind, default))
-    if found != kind or value is None:
-        raise ValueError(f"field {field} is missing or of another kind")
-    return value
-
-
-def _items(struct: Struct, field: int, kind: int) -> list[Any]:
-    found, items = _get(struct, field, LIST)
-    if items and found != kind:
-        raise ValueError(f"field {field} is a list of another kind")
-    return list(items)
-
-
-def _name(leaf: Leaf) -> str:
-    return repr(b".".join(leaf.path).decode(errors="replace"))

@@ -31,6 +31,21 @@ def written(struct: Struct) -> bytes:
     return bytes(out)
 
 
+def get(struct: Struct, field: int, kind: int, default: Any = None) -> Any:
+    """Raises ValueError where the field is of another kind, or missing and without a default."""
+    found, value = struct.get(field, (kind, default))
+    if found != kind or value is None:
+        raise ValueError(f"field {field} is missing or of another kind")
+    return value
+
+
+def items(struct: Struct, field: int, kind: int) -> list[Any]:
+    found, values = get(struct, field, LIST)
+    if values and found != kind:
+        raise ValueError(f"field {field} is a list of another kind")
+    return list(values)
+
+
 class _Reader:
     def __init__(self, data: Buffer, start: int, end: int):
         self.data, self.at, self.end, self.values = data, start, end, 0

@@ -1,14 +1,11 @@
-"""Parquet rewritten exactly: equal to a filter of the table, copied where nobody touched it, refused where hostile."""
+"""Parquet rewritten exactly: equal to a filter of the table, copied where nobody touched it."""
 
 import datetime
 import decimal
 import hashlib
 import io
 import random
-import subprocess
-import sys
 
-import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -19,14 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import InputError
-from pipeline.shards import Rejected, Shard, intact, manifest, rewrite, samples, uids
+from pipeline.shards import Shard, intact, manifest, rewrite, samples, uids
 from pipeline.shards.footer import Footer
-from pipeline.shards.thrift import BINARY, I32, I64, LIST, STRUCT, read_struct, written
+from pipeline.shards.thrift import read_struct
 
 KEEP, DROP, EDIT = range(3)
 CODECS = ("none", "snappy", "gzip", "zstd", "lz4", "brotli")
-_UTC = datetime.UTC
+_NEW_YEAR = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
 
 def _folders(tmp_path):
@@ -81,7 +77,7 @@ def _any_table(rng, rows):
         "score": (pa.float32(), maybe(lambda: rng.choice([0.0, -0.0, 1.5, float("inf")]))),
         "safe": (pa.bool_(), maybe(lambda: rng.random() < 0.5)),
         "day": (pa.date32(), maybe(lambda: datetime.date(2020, 1, rng.randrange(1, 28)))),
-        "time": (pa.timestamp("ms", "UTC"), maybe(lambda: datetime.datetime(2020, 1, 1, rng.randrange(24), tzinfo=_UTC))),
+        "time": (pa.timestamp("ms", "UTC"), maybe(lambda: _NEW_YEAR + datetime.timedelta(hours=rng.randrange(24)))),
         "hash": (pa.binary(4), maybe(lambda: rng.randbytes(4))),
         "cost": (pa.decimal128(7, 2), maybe(number)),
         "source": (pa.dictionary(pa.int32(), pa.string()), maybe(text)),
@@ -226,7 +222,8 @@ def test_a_digest_is_of_the_values_and_nothing_else(tmp_path):
     rng = random.Random(1)
     table = _any_table(rng, 50).append_column("nan", pa.array([float("nan"), None] * 25, pa.float16()))
     digests = set()
-    for options in ({"row_group_size": 7}, {"compression": "zstd", "use_dictionary": False}, {"data_page_version": "2.0"}):
+    plain = {"compression": "zstd", "use_dictionary": False}
+    for options in ({"row_group_size": 7}, plain, {"data_page_version": "2.0"}):
         digests.add(bytes(manifest(_write(tmp_path, table, **options)).digests))
     assert len(digests) == 1
     (known,) = digests
@@ -324,7 +321,8 @@ def _bloom(view):
 
 
 def test_a_chain_of_encodings_is_kept_where_a_row_is_dropped(tmp_path):
-    table = _table(50, n=pa.array(range(50)), x=pa.array(np.arange(50.0)), s=pa.array([f"prefix{i}" for i in range(50)]))
+    numbers = list(range(50))
+    table = _table(50, n=numbers, x=[i / 2 for i in numbers], s=[f"prefix{i}" for i in numbers])
     encodings = {"n": "DELTA_BINARY_PACKED", "x": "BYTE_STREAM_SPLIT", "s": "DELTA_BYTE_ARRAY"}
     options = {"use_dictionary": ["caption"], "column_encoding": encodings, "write_statistics": ["n"]}
     codecs = {name: "gzip" if name == "n" else "zstd" for name in ("uid", "caption", "n", "x", "s")}
@@ -379,238 +377,3 @@ def test_files_of_other_writers_keep_schema_and_values(tmp_path, write):
     groups = [two.metadata.row_group(i) for i in range(3)]
     assert [group.num_rows for group in groups] == [10, 9, 10]
     assert {group.sorting_columns for group in groups} == {one.metadata.row_group(0).sorting_columns}
-
-
-def test_img2datasets_layout(tmp_path):
-    found = pairs(0, 6)
-    columns = {"key": ["a", "b", "c", "d", "e", "f"], "jpg": [p["image"] for p in found], "txt": ["t"] * 6}
-    shard = _write(tmp_path, pa.table({"url": ["u"] * 6} | columns))
-    read = list(samples(shard))
-    assert [(s.key, s.image_suffix, s.image, s.caption) for s in read] == [
-        (key, "jpg", pair["image"], "t") for key, pair in zip("abcdef", found, strict=True)
-    ]
-    assert dict(read[0].meta) == {"url": "u", "key": "a"}
-
-
-def test_a_path_is_never_opened_and_a_bad_caption_costs_one_sample(tmp_path):
-    secret = tmp_path / "secret.jpg"
-    secret.write_bytes(pairs(0, 1)[0]["image"])
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = pa.array([{"bytes": None, "path": str(secret)}, None, {"bytes": b"x", "path": None}], kind)
-    captions = pa.array([b"fine", None, b"\xff\xfe"], pa.binary())
-    table = pa.table({"uid": [f"{i:032x}" for i in range(3)], "image": images, "caption": captions})
-    text = pa.StringArray.from_buffers(3, captions.buffers()[1], captions.buffers()[2], captions.buffers()[0])
-    for found in (table, table.set_column(2, "caption", text)):
-        first, second, third = samples(_write(tmp_path, found))
-        assert first.caption == "fine"
-        for sample in (first, second):
-            with pytest.raises(Rejected, match="no image"):
-                _ = sample.image
-        with pytest.raises(Rejected, match="empty caption"):
-            _ = second.caption
-        with pytest.raises(Rejected, match="UTF-8"):
-            _ = third.caption
-
-
-def test_an_extension_type_of_the_file_is_not_looked_at(tmp_path):
-    class Marked(pa.ExtensionType):
-        def __init__(self):
-            super().__init__(pa.binary(), "test.marked")
-
-        def __arrow_ext_serialize__(self):
-            return b""
-
-        @classmethod
-        def __arrow_ext_deserialize__(cls, storage, serialized):
-            raise AssertionError("code of a type that a file names was run")
-
-    table = _table(5)
-    image = pa.ExtensionArray.from_storage(Marked(), pa.array([b"1", b"2", b"3", b"4", b"5"]))
-    shard = _write(tmp_path, table.set_column(1, "image", image), row_group_size=2)
-    out, _ = _folders(tmp_path)
-    pa.register_extension_type(Marked())
-    try:
-        rewrite(shard, out, lambda s: None if s.image == b"3" else s)
-        assert [bytes(s.image) for s in samples(Shard(f"{out}/0.parquet"))] == [b"1", b"2", b"4", b"5"]
-    finally:
-        pa.unregister_extension_type("test.marked")
-    assert b"ARROW:schema" in pq.read_metadata(f"{out}/0.parquet").metadata
-
-
-@pytest.mark.parametrize(
-    ("columns", "says"),
-    [
-        ({"image": [b"x"], "caption": ["c"]}, r'neither a uid nor a key .*add_column\("id"'),
-        ({"image": ["http://x"], "caption": ["c"], "uid": ["u"]}, "holds string, not image bytes"),
-        ({"image": [b"x"], "caption": [["c", "d"]], "uid": ["u"]}, "holds list.*not text"),
-        ({"image": [b"x"], "caption": ["c"], "key": pa.array([None], pa.string())}, "has nulls"),
-        ({"image": [b"x", b"y"], "caption": ["c", "c"], "key": ["k", "k"]}, "occurs more than once"),
-    ],
-)
-def test_layouts_that_cannot_be_used_say_why(tmp_path, columns, says):
-    shard = _write(tmp_path, pa.table(columns))
-    out, _ = _folders(tmp_path)
-    with pytest.raises(InputError, match=says):
-        rewrite(shard, out, lambda s: s)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_first_column_that_holds_bytes_is_the_image(tmp_path):
-    table = pa.table({"image": ["http://x"], "jpg": [b"x"], "caption": [["a"]], "text": ["c"], "key": [7]})
-    (sample,) = samples(_write(tmp_path, table))
-    assert (sample.key, sample.image, sample.caption) == ("7", b"x", "c")
-
-
-def test_a_value_that_a_dictionary_repeats_does_not_unpack(tmp_path):
-    values = pa.DictionaryArray.from_arrays(np.zeros(100_000, np.int32), pa.array([bytes(10_000_000)]))
-    table = pa.table({"key": pa.array(range(100_000)), "image": values, "caption": ["c"] * 100_000})
-    shard = _write(tmp_path, table, dictionary_pagesize_limit=2**26, compression="zstd")
-    assert (tmp_path / "0.parquet").stat().st_size < 1_000_000
-    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
-    pa.set_memory_pool(pool)
-    try:
-        with pytest.raises(InputError, match=r"0\.parquet: row group 0 unpacks to more than"):
-            sum(1 for _ in samples(shard))
-    finally:
-        pa.set_memory_pool(before)
-    assert 10_000_000 < pool.max_memory() < 700_000_000
-
-
-def _with_footer(data, change):
-    """The file with its footer changed: `change(meta)`."""
-    size = int.from_bytes(data[-8:-4], "little")
-    meta, _ = read_struct(data, len(data) - 8 - size, len(data) - 8)
-    change(meta)
-    footer = written(meta)
-    return data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + data[-4:]
-
-
-def _chunk(meta, group=0, column=0):
-    return meta[4][1][1][group][1][1][1][column]
-
-
-def _deep(meta):
-    inner = {}
-    for _ in range(100):
-        inner = {1: (STRUCT, inner)}
-    meta[90] = (STRUCT, inner)
-
-
-def _place(**changes):
-    def change(meta):
-        _chunk(meta)[3][1].update({int(k[1:]): (I64, v) for k, v in changes.items()})
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (_deep, "levels"),
-        (_place(_9=10**9, _11=0), "outside the file"),
-        (_place(_9=-5, _11=-9), "outside the file"),
-        (_place(_7=-5), "not what the schema says"),
-        (_place(_5=2**40), "not what the schema says"),
-        (lambda meta: meta.update({3: (I64, -1)}), "rows in its row groups"),
-        (lambda meta: meta[4][1][1].append(meta[4][1][1][0]), "rows in its row groups"),
-        (lambda meta: meta[4][1][1].__setitem__(1, meta[4][1][1][0]), "overlap"),
-        (lambda meta: meta.pop(2), "field 2 is missing"),
-        (lambda meta: meta[2][1][1][0].update({5: (I32, 2**30)}), "does not add up"),
-        (lambda meta: meta[2][1][1].append(meta[2][1][1][1]), "does not add up"),
-        (lambda meta: _chunk(meta).update({1: (BINARY, b"other.parquet")}), "other files"),
-        (lambda meta: _chunk(meta).update({8: (STRUCT, {})}), "encrypted"),
-        (lambda meta: meta.update({8: (STRUCT, {})}), "encrypted"),
-        (lambda meta: _chunk(meta).update({4: (I64, 5), 5: (I32, 100)}), "overlap"),
-        (lambda meta: _chunk(meta).update({4: (I64, 5), 5: (I32, -100)}), "negative length"),
-        (lambda meta: meta.update({4: (LIST, (I64, [1, 2]))}), "list of another kind"),
-    ],
-)
-def test_hostile_footers_are_refused(tmp_path, change, says):
-    shard = _write(tmp_path, _table(8), row_group_size=4)
-    path = tmp_path / "0.parquet"
-    path.write_bytes(_with_footer(path.read_bytes(), change))
-    for call in (samples, uids, manifest):
-        with pytest.raises(InputError, match=says) as error:
-            list(call(shard) if call is not manifest else [manifest(shard)])
-        assert "0.parquet" in str(error.value)
-
-
-def test_stated_lengths_are_not_allocated(tmp_path):
-    data = _write(tmp_path, _table(8)) and (tmp_path / "0.parquet").read_bytes()
-    huge = b"\xfe\xff\xff\xff\x0f"  # a varint of 2**32 - 2
-    for footer, says in (
-        (b"\x29\xfc" + huge, "longer than the bytes"),  # a list
-        (b"\x18" + huge, "ends within"),  # a string
-        (b"\x16" + b"\xff" * 20, "64 bits"),
-        (b"\x1b\x00", "kind 11"),  # a map
-        (b"\x1c" * 5000, "levels"),
-        (b"\x19\x9c" * 3000, "levels"),
-        (b"\x11" * 5000, "among more than"),
-        (b"\x15\x02\x05\x02\x02\x00", "occurs twice"),
-        (b"", "ends within"),
-    ):
-        (tmp_path / "1.parquet").write_bytes(data[:-8] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
-        with pytest.raises(InputError, match=says):
-            uids(Shard(str(tmp_path / "1.parquet")))
-    for broken in (b"", b"PAR1", b"PAR1" * 3, data[:-1], data[:-8] + b"\xff\xff\xff\x7fPAR1", data[:4000]):
-        (tmp_path / "1.parquet").write_bytes(broken)
-        with pytest.raises(InputError, match="begin and end|it states"):
-            uids(Shard(str(tmp_path / "1.parquet")))
-    (tmp_path / "1.parquet").write_bytes(data[:-4] + b"PARE")
-    with pytest.raises(InputError, match="encrypted"):
-        uids(Shard(str(tmp_path / "1.parquet")))
-
-
-FUZZ = """
-import random, sys
-from pathlib import Path
-from pipeline.errors import InputError
-from pipeline.shards import Rejected, Shard, rewrite
-folder, data = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
-rng, refused = random.Random(0), 0
-for turn in range(400):
-    broken = bytearray(data)
-    low = len(data) - 1500 if turn % 2 else 4
-    for _ in range(rng.choice([1, 1, 3])):
-        broken[rng.randrange(low, len(data))] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
-    (folder / "0.parquet").write_bytes(broken)
-    try:
-        rewrite(Shard(str(folder / "0.parquet")), str(folder / "out"), lambda s: None if s.key == "3" else s)
-    except InputError:
-        refused += 1
-print(refused)
-"""
-
-
-def test_flipped_bytes_are_refused_or_harmless(tmp_path):
-    """In a process of its own, since a crash would be the finding."""
-    found = pairs(0, 8)
-    columns = {"key": [str(i) for i in range(8)], "image": [p["image"][:50] for p in found], "txt": ["a"] * 8}
-    shard = _write(tmp_path, pa.table(columns | {"l": [[1, 2], []] * 4}), row_group_size=4, write_page_index=True)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "fuzz/out").mkdir(parents=True)
-    arguments = [sys.executable, "-c", FUZZ, str(tmp_path / "fuzz"), shard.path]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 100 < int(done.stdout) < 400
-
-
-def test_damaged_pages_name_the_row_group(tmp_path):
-    shard = _write(tmp_path, _table(20), row_group_size=10, compression="none", write_page_checksum=True)
-    path = tmp_path / "0.parquet"
-    data = bytearray(path.read_bytes())
-    at = data.rfind(pairs(15, 16)[0]["image"])
-    data[at + 20] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"0\.parquet: row group 1 is damaged"):
-        list(samples(shard))
-
-
-def test_intact_sees_every_byte(tmp_path):
-    shard = _write(tmp_path, _table(6), row_group_size=3)
-    path = tmp_path / "0.parquet"
-    known, data = manifest(shard), path.read_bytes()
-    assert intact(shard, known)
-    for at in (0, 5, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert not intact(shard, known)
