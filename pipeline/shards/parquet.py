@@ -135,8 +135,8 @@ def _decide(reader: Reader, number: int, edit: Callable[[Sample], Sample | None]
 class _Sink:
     """A parquet file in the making.
 
-    Row groups to be copied wait until one comes that is not the source's, or the end: if then they are all, the file is
-    copied as it is, gaps and order included.
+    Row groups to be copied wait for the first that is not the source's, or the end: if then they are all, the file is
+    copied as it is, with what lies between them.
     """
 
     def __init__(self, file: IO[bytes], reader: Reader):
@@ -153,6 +153,8 @@ class _Sink:
         names = [name for name, there in zip(fates.names, keep, strict=True) if there]
         if all(keep) and not edits:
             self._waiting.append(number)
+            if self._moved:
+                self._flush()
         elif names:
             encoded = _encoded(self.reader, number, keep, edits)
             like = None if edits else number  # rows that changed may not be in order any more

@@ -40,6 +40,15 @@ def test_a_value_that_a_dictionary_repeats_does_not_unpack(tmp_path):
     assert 10_000_000 < pool.max_memory() < 700_000_000
 
 
+def test_a_value_that_a_dictionary_repeats_in_a_list_is_refused_before_it_is_decoded(tmp_path):
+    values = pa.DictionaryArray.from_arrays(np.zeros(10_000, np.int32), pa.array([bytes(1_000_000)]))
+    lists = pa.ListArray.from_arrays(pa.array([0, 10_000], pa.int32()), values)
+    table = pa.table({"key": ["k"], "image": [b"x"], "caption": ["c"], "boxes": lists})
+    shard = _write(tmp_path, table, dictionary_pagesize_limit=2**26, compression="zstd")
+    with pytest.raises(InputError, match=r"row group 0 may take 10000000000 bytes"):
+        next(iter(samples(shard)))
+
+
 def _with_footer(data, change):
     """The file with its footer changed: `change(meta)`."""
     size = int.from_bytes(data[-8:-4], "little")
