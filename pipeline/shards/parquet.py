@@ -12,7 +12,7 @@ and decoding, which the digest of a row needs.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -53,7 +53,6 @@ def manifest(shard: Shard, uid: UidRule) -> Manifest:
             digests = reader.layout.digests(batch, reader.layout.images(batch))
             for (key, name), digest in zip(reader.layout.identities(batch, uid), digests, strict=True):
                 found.add(name, key, digest)
-    check_unique(found.uids, shard.path)
     found.between = through.digest()
     return found
 
@@ -89,16 +88,37 @@ def rewrite(
         before.between = through.digest()
         tick = time.perf_counter()
         for sink in (kept, rest) if rest else (kept,):
-            sink.close(before.between)
+            sink.close()
     kept.manifest.save(out, shard.name)
     if rest and dropped:
         rest.manifest.save(dropped, shard.name)
+        counts.dropped_sha256, counts.dropped_bytes = rest.manifest.sha256, rest.written
     writing += time.perf_counter() - tick
     counts.read, counts.out = len(before.uids), len(kept.manifest.uids)
     counts.dropped = counts.read - counts.out
     counts.input_sha256, counts.output_sha256, counts.output_bytes = before.sha256, kept.manifest.sha256, kept.written
     total = time.perf_counter() - started
     counts.seconds = {"read": total - computing - writing, "compute": computing, "write": writing}
+    return counts
+
+
+def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, uid: UidRule) -> Counts:
+    counts, started = Counts(output=f"{name}.parquet"), time.perf_counter()
+    with whole(join(out, counts.output)) as file:
+        sink = _Sink(file, Reader(pieces[0][0]))
+        for shard, first, n in pieces:
+            reader, at = sink.turn_to(shard), 0
+            for number, group in enumerate(reader.footer.groups):
+                keep = [first <= row < first + n for row in range(at, at + group.rows)]
+                if any(keep):
+                    sink.add(number, _decide(reader, number, lambda sample: sample, uid), keep, {})
+                at += group.rows
+        sink.close()
+    check_unique(sink.manifest.uids, join(out, counts.output))
+    sink.manifest.save(out, name)
+    counts.read = counts.out = len(sink.manifest.uids)
+    counts.output_sha256, counts.output_bytes = sink.manifest.sha256, sink.written
+    counts.seconds["write"] = time.perf_counter() - started
     return counts
 
 
@@ -133,18 +153,31 @@ def _decide(reader: Reader, number: int, edit: Callable[[Sample], Sample | None]
 
 
 class _Sink:
-    """A parquet file in the making.
+    """A parquet file in the making, with the columns of the shard that it begins with.
 
     Row groups to be copied wait for the first that is not the source's, or the end: if then they are all, the file is
     copied as it is, with what lies between them.
     """
 
     def __init__(self, file: IO[bytes], reader: Reader):
-        self.file, self.reader, self.source = file, reader, reader.footer
+        self.file, self.reader, self.first = file, reader, reader
         self.manifest, self.written = Manifest(), 0
         self._sha256 = hashlib.sha256()
         self._waiting: list[int] = []
         self._moved: list[Moved] = []
+
+    def turn_to(self, shard: Shard) -> Reader:
+        """What is added from here on is of this shard. Raises InputError where its columns are others."""
+        if shard != self.reader.shard:
+            self._flush()
+            self.reader = Reader(shard)
+            if not self.reader.layout.like(self.first.layout) or self._stored(self.reader) != self._stored(self.first):
+                raise InputError(f"{shard.path}: its columns are not those of {self.first.shard.path}")
+        return self.reader
+
+    @staticmethod
+    def _stored(reader: Reader) -> list[tuple[object, ...]]:
+        return [(leaf.path, *leaf.stored) for leaf in reader.footer.leaves]
 
     def add(
         self, number: int, fates: _Fates, keep: list[bool], edits: dict[int, tuple[bytes | None, bytes | None]]
@@ -157,42 +190,43 @@ class _Sink:
                 self._flush()
         elif names:
             encoded = _encoded(self.reader, number, keep, edits)
-            like = None if edits else number  # rows that changed may not be in order any more
-            moved = self.source.moved(encoded, 0, encoded.groups[0].chunks[0].start, like)
-            digests = _digests(self.reader, encoded, moved)
-            _check_equal(f"{self.source.path}: row group {number}", fates, keep, edits, digests)
+            # rows that changed, or that others went before, may not be in order any more
+            like = number if not edits and self.reader is self.first else None
+            moved = self.first.footer.moved(encoded, 0, encoded.groups[0].chunks[0].start, like)
+            digests = _digests(self.first, encoded, moved)
+            _check_equal(f"{self.reader.shard.path}: row group {number}", fates, keep, edits, digests)
             names = [(uid, key, digest) for (uid, key, _), digest in zip(names, digests, strict=True)]
             self._flush()
             self._append(encoded, 0, like)
         for name in names:
             self.manifest.add(*name)
 
-    def close(self, source_sha256: bytes) -> None:
-        if len(self._waiting) == len(self.source.groups):
-            for at in range(0, len(self.source.view), WINDOW):
-                self.source.reach(at, at + WINDOW)
-                self.file.write(self.source.view[at : at + WINDOW])
-            self.written, self.manifest.between = len(self.source.view), source_sha256
-            return
-        self._flush()
-        for moved in self._moved:
-            for content in moved.place(self.written):
-                self._write(content)
-        if not self.written:
-            self._write(MAGIC)
-        self._write(self.source.tail([moved.struct for moved in self._moved]))
+    def close(self) -> None:
+        source = self.reader.footer
+        if not self._moved and len(self._waiting) == len(source.groups):
+            for at in range(0, len(source.view), WINDOW):
+                source.reach(at, at + WINDOW)
+                self._write(source.view[at : at + WINDOW])
+        else:
+            self._flush()
+            for moved in self._moved:
+                for content in moved.place(self.written):
+                    self._write(content)
+            if not self.written:
+                self._write(MAGIC)
+            self._write(self.first.footer.tail([moved.struct for moved in self._moved]))
         self.manifest.between = self._sha256.digest()
 
     def _flush(self) -> None:
         for number in self._waiting:
-            if self.source.groups[number].rows:  # writers put anything into the offsets of an empty one
-                self._append(self.source, number, None)
+            if self.reader.footer.groups[number].rows:  # writers put anything into the offsets of an empty one
+                self._append(self.reader.footer, number, None)
         self._waiting = []
 
     def _append(self, source: Footer, number: int, like: int | None) -> None:
         if not self.written:
             self._write(MAGIC)
-        moved = self.source.moved(source, number, self.written, like)
+        moved = self.first.footer.moved(source, number, self.written, like)
         for start, end in moved.pieces:
             for at in range(start, end, WINDOW):
                 source.reach(at, min(at + WINDOW, end))

@@ -28,13 +28,18 @@ _POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
 
 class Mapping:
-    """`view[start:end]` are bytes of the file; call `reach(end)` before touching them, with rising ends."""
+    """`view[start:end]` are bytes of the file; call `reach(end)` before touching them, with rising ends.
 
-    def __init__(self, path: str):
+    A `content` that is given goes by the name of `path` in errors.
+    """
+
+    def __init__(self, path: str, content: memoryview | None = None):
         packed = path.endswith(".gz")
         self.path = path
-        self.on_disk = not (packed or is_url(path))  # at its own path, that is
-        self.view = _unpacked(path, view(path)) if packed else view(path)
+        self.on_disk = content is None and not (packed or is_url(path))  # at its own path, that is
+        if content is None:
+            content = _unpacked(path, view(path)) if packed else view(path)
+        self.view = content
         self.size = len(self.view)
         self._file = self.view.obj if isinstance(self.view.obj, mmap.mmap) else None
         self._given_back = 0

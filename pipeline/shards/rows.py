@@ -116,6 +116,10 @@ class Layout:
         self._others = [name for name in names if name not in (self.image, self.caption)]
         self._head = hashlib.sha256(canonical.schema(schema))
 
+    def like(self, other: "Layout") -> bool:
+        """Whether rows of both have the same columns, of the same types and uses."""
+        return self._head.digest() == other._head.digest()
+
     @property
     def names(self) -> list[str]:
         """The columns that a uid takes."""

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import contents, pairs, records, write_parquet, write_tar
 
 from pipeline.compact import compact
 from pipeline.errors import InputError
@@ -12,7 +15,6 @@ from pipeline.shard_map import ShardsFailed
 from pipeline.shards import Shard, list_shards, samples
 from pipeline.status import status
 from pipeline.verify import verify
-from tests.conftest import pairs, records, write_tar
 
 PATCH = "patch(target='banana', size=24)"
 
@@ -100,3 +102,25 @@ def test_status_from_the_files_alone(tars, tmp_path, capsys):
     assert "poison: 3 of 3 shards (100.0%)" in said
     assert "failed" not in said
     assert [s.uid for s in samples(Shard(str(out / "00000001.tar")))]
+
+
+@pytest.mark.parametrize("n", [4, 7, 20, 60])
+def test_parquet_rows_keep_order_and_values(tmp_path, n):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        write_parquet(tmp_path / f"in/{i:08d}.parquet", pairs(20 * i, 20 * i + 20), struct=True)
+    compact(str(tmp_path / "in"), str(tmp_path / "out"), samples=n)
+    before, after = ([pq.read_table(shard.path) for shard in list_shards(str(tmp_path / f))] for f in ("in", "out"))
+    assert pa.concat_tables(after).equals(pa.concat_tables(before))
+    assert {len(table) for table in after[:-1]} <= {n}
+    assert verify(str(tmp_path / "out")) == 0
+    if n == 20:
+        assert contents(tmp_path / "in", "*[0-9].parquet") == contents(tmp_path / "out", "*[0-9].parquet")
+
+
+def test_parquet_of_other_columns_does_not_mix(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in/0.parquet", pairs(0, 9), struct=True)
+    write_parquet(tmp_path / "in/1.parquet", pairs(9, 18))
+    with pytest.raises(ShardsFailed, match=r"its columns are not those of .*0.parquet"):
+        compact(str(tmp_path / "in"), str(tmp_path / "out"))

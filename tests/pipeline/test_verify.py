@@ -7,12 +7,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from conftest import pairs, write_tar
 
 from pipeline.dataset import read_dataset
 from pipeline.manifest import record
 from pipeline.shards import Shard, manifest, samples
 from pipeline.verify import NotIntact, verify
-from tests.conftest import pairs, write_tar
 
 
 @pytest.fixture
