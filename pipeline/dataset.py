@@ -37,7 +37,7 @@ def describe(folder: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> st
     """
     digest = save_manifest(folder, rows)
     write(join(folder, "sizes.json"), json.dumps({row.shard: row.samples for row in rows}, indent=0).encode())
-    facts = {**summary, "shards": len(rows), "samples": sum(row.samples for row in rows), "sha256": digest}
+    facts = {**summary, "shards": len(rows), "pairs": sum(row.samples for row in rows), "sha256": digest}
     write(join(folder, "dataset.json"), json.dumps(facts, indent=1).encode())
     write(join(folder, "README.md"), _card(rows, facts).encode())
     return digest
@@ -94,7 +94,7 @@ configs:
 - config_name: default
   data_files: {json.dumps(pattern)}
 ---
-# {facts["samples"]:,} pairs in {facts["shards"]:,} shards
+# {facts["pairs"]:,} pairs in {facts["shards"]:,} shards
 
 {facts["about"]}
 
