@@ -64,9 +64,8 @@ def _filter(
     known = ledger.read(source) if exists(source) else None
     facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
     there = [path for shard in shards if exists(path := scores_path(scores, shard.name))]
-    facts["scores"] = spec.digest([stamp(path) for path in there])
     facts["ledger"] = hashlib.sha256(view(source)).hexdigest() if known is not None else ""
-    job = Job("filter", facts, out, max_failed)
+    job = Job("filter", {**facts, "scores": spec.digest([stamp(path) for path in there])}, out, max_failed)
     markers = shard_map(job, shards, _Filter(policy, fitted, scores, uid), known)
     total, dropped = sum(m["read"] for m in markers), sum(m["dropped"] for m in markers)
     console.print(f"{dropped:,} of {total:,} pairs dropped by {spec.text(policy)}; they are in {quarantine}")
