@@ -6,20 +6,38 @@ from pipeline.errors import InputError
 from pipeline.shards.store import exists, view, whole
 
 
-def read(path: str, columns: tuple[str, ...], remedy: str, filters: Any = None) -> Any:
-    """A parquet file as a pyarrow table. An InputError that ends in `remedy` where it is missing or not that file."""
+def read(path: str, columns: tuple[str, ...], remedy: str, filters: Any = None, hostile: bool = False) -> Any:
+    """A parquet file as a pyarrow table. An InputError that ends in `remedy` where it is missing or not that file.
+
+    pyarrow allocates what the headers ask for, a terabyte from 5 KB. With `hostile` they are checked as a shard's are.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not exists(path):
         raise InputError(f"{path}: no such file; {remedy}")
+    data = view(path)
+    if hostile:
+        _check_sizes(path, data, remedy)
     try:
-        table = pq.read_table(pa.BufferReader(pa.py_buffer(view(path))), filters=filters)
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(pa.BufferReader(pa.py_buffer(data)), filters=filters)
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
         raise broken(path, remedy) from error
-    if missing := [name for name in columns if name not in table.column_names]:
+    if missing := [name for name in columns if name not in names]:
         raise InputError(f"{path}: no column {', '.join(missing)}; {remedy}")
     return table
+
+
+def _check_sizes(path: str, data: memoryview, remedy: str) -> None:
+    from pipeline.shards.footer import Footer
+
+    try:
+        footer = Footer(path, data)
+        for group in range(len(footer.groups)):
+            footer.slicing(group)
+    except InputError as error:
+        raise broken(path, remedy) from error
 
 
 def broken(path: str, remedy: str) -> InputError:

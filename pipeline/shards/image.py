@@ -47,8 +47,8 @@ def encode(image: Image.Image, like: bytes) -> bytes:
     """
     try:
         return _encode(image, like)
-    except (OSError, ValueError) as error:
-        raise Rejected(f"image cannot be encoded as it came ({error})") from error
+    except Exception as error:  # the original is as hostile here as in `decode`
+        raise Rejected(f"image cannot be encoded as it came ({type(error).__name__}: {error})") from error
 
 
 def _encode(image: Image.Image, like: bytes) -> bytes:

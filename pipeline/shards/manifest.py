@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import sidecars
+from pipeline.shards.scan import BLOCK, MAX_SAMPLE_BYTES
 from pipeline.shards.store import join
 
 _COLUMNS = ("uid", "key", "image_sha256", "rest_sha256", "start", "image_start", "image_end", "end")
@@ -56,7 +57,9 @@ class Manifest:
         import pyarrow as pa
 
         digests = np.frombuffer(bytes(self.digests), np.uint8).reshape(-1, 2, 32)
-        columns = [pa.array(self.uids, pa.string()), pa.array(self.keys, pa.string())]
+        # A name in a tar may be no UTF-8; keys are there to be shown, and nothing is joined by them.
+        keys = [key.encode("utf-8", "backslashreplace").decode() for key in self.keys]
+        columns = [pa.array(self.uids, pa.string()), pa.array(keys, pa.string())]
         columns += [_binary(digests[:, i]) for i in range(2)] + [pa.array(self.ranges[:, i]) for i in range(4)]
         table = pa.table(dict(zip(_COLUMNS, columns, strict=True)))
         facts = {b"between": self.between.hex(), b"sha256": self.sha256}
@@ -71,15 +74,26 @@ def read_manifest(folder: str, shard_name: str) -> Manifest:
     """Raises InputError where it is missing or is not a manifest."""
     path = manifest_path(folder, shard_name)
     remedy = "make one with `mithridate manifest`"
-    table = sidecars.read(path, _COLUMNS, remedy)
+    table = sidecars.read(path, _COLUMNS, remedy, hostile=True)
     try:
         uids, keys = (table.column(name).to_pylist() for name in _COLUMNS[:2])
         digests = np.stack([_matrix(table.column(name)) for name in _COLUMNS[2:4]], 1)
         ranges = np.stack([table.column(name).to_numpy() for name in _COLUMNS[4:]], 1).astype(np.int64)
         between = bytes.fromhex((table.schema.metadata or {})[b"between"].decode())
+        _check(uids, keys, digests, ranges)
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise sidecars.broken(path, remedy) from error
     return Manifest(uids, keys, bytearray(digests.tobytes()), between, array("q", ranges.tobytes()))
+
+
+def _check(uids: list[Any], keys: list[Any], digests: np.ndarray, ranges: np.ndarray) -> None:
+    """Raises ValueError: a reader allocates as much as the ranges say, and a column may hold anything."""
+    if not all(isinstance(name, str) for name in (*uids, *keys)) or len(digests) != len(uids):
+        raise ValueError("names are no text, or digests are missing")
+    if (ranges < 0).any() or (np.diff(ranges.ravel()) < 0).any():  # of what is not negative, no difference overflows
+        raise ValueError("ranges do not ascend")
+    if (ranges[:, 3] - ranges[:, 0] > MAX_SAMPLE_BYTES + BLOCK).any():
+        raise ValueError("a sample is larger than any that is read")
 
 
 def _binary(rows: np.ndarray) -> Any:
@@ -89,4 +103,6 @@ def _binary(rows: np.ndarray) -> Any:
 
 
 def _matrix(column: Any) -> np.ndarray:
+    if str(column.type) != "fixed_size_binary[32]":  # others could be of any length, and only add up
+        raise ValueError(f"sha256 as {column.type}")
     return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, 32)

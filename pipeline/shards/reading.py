@@ -23,7 +23,9 @@ from pipeline.shards.store import is_url, view
 
 WINDOW = 1024**2  # larger ones fall out of the second-level cache between hashing and writing
 BEHIND = 32 * WINDOW  # pages kept behind the reader
+TOUCHED_LATE = 256 * WINDOW  # a sample, of which one may be half as large, is hashed when the next was populated
 MAX_RATIO = 100  # of a compressed tar: captions and json shrink to a fifth, images not at all
+PACKED = 16 * 1024  # read at a time: zlib copies the rest of a piece at the end of every stream, and 20 bytes make one
 _POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
 
@@ -55,8 +57,9 @@ class Mapping:
                 if error.errno != errno.EINVAL:  # a kernel without it: the page fault does the same work
                     raise InputError(f"{self.path}: cannot be read around byte {first} ({error.strerror})") from error
             if first - self._given_back > 2 * BEHIND:
-                self._file.madvise(mmap.MADV_DONTNEED, self._given_back, BEHIND)
-                self._given_back += BEHIND
+                again = max(0, self._given_back - TOUCHED_LATE)
+                self._given_back = first - BEHIND
+                self._file.madvise(mmap.MADV_DONTNEED, again, self._given_back - again)
         return goal
 
 
@@ -103,23 +106,25 @@ def read_ahead(file: Mapping, starts: np.ndarray, ends: np.ndarray) -> Iterator[
 
 def _unpacked(path: str, packed: memoryview) -> memoryview:
     """The content of a gzip file, in an unnamed file of the temporary folder."""
-    inflate, size = zlib.decompressobj(wbits=31), 0
+    inflate, size, begun = zlib.decompressobj(wbits=31), 0, False
     with tempfile.TemporaryFile() as file:
         try:
-            for at in range(0, len(packed), WINDOW):
-                piece = bytes(packed[at : at + WINDOW])
+            for at in range(0, len(packed), PACKED):
+                piece = bytes(packed[at : at + PACKED])
                 while piece:
+                    begun = True
                     size += file.write(inflate.decompress(piece, 16 * WINDOW))
                     if size > MAX_RATIO * (at + WINDOW):
                         raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size; refused")
                     piece = inflate.unconsumed_tail
                     if inflate.eof:  # a file may be several streams, one behind the other
-                        piece, inflate = inflate.unused_data, zlib.decompressobj(wbits=31)
-            size += file.write(inflate.flush())
+                        piece, inflate, begun = inflate.unused_data, zlib.decompressobj(wbits=31), False
+            if begun:  # without its last bytes nothing says that the content is what was packed
+                raise InputError(f"{path}: truncated at byte {len(packed)} of the gzip file; fetch the shard again")
+            file.flush()
         except zlib.error as error:
             raise InputError(f"{path}: not a readable gzip file ({error}); fetch the shard again") from error
         except OSError as error:
             where = f"in {tempfile.gettempdir()} ({error.strerror}); TMPDIR names another place"
             raise InputError(f"{path}: cannot be unpacked {where}") from error
-        file.flush()
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")

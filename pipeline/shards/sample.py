@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.tables import CAPTION
 
 UidRule = Literal["key", "shard/key"]
+MAX_JSON_BYTES = 4 * 1024**2  # parsed, a byte may become twenty
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 Bytes = bytes | memoryview
 _UID = re.compile("[0-9a-fA-F]{32}")
@@ -54,7 +55,10 @@ class Sample:
                 raise Rejected("caption is not UTF-8") from error
         else:
             meta = self.meta
-            text = next((str(meta[k]) for k in CAPTION if meta.get(k)), "")
+            found = next((meta[k] for k in CAPTION if meta.get(k)), "")
+            if isinstance(found, list | dict):
+                raise Rejected("caption is no text")
+            text = str(found)
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise Rejected("caption is not UTF-8")  # a lone surrogate, which json can spell
         if not text.strip():
@@ -72,6 +76,7 @@ class Sample:
         """A copy with another image (same format) or caption.
 
         img2dataset repeats the caption in its json. It is changed there too: the mismatch would give the poison away.
+        Raises Rejected where that json cannot be written again.
         """
         parts = dict(self.parts)
         if image is not None:
@@ -83,7 +88,11 @@ class Sample:
                 meta = _json(parts["json"])
                 if repeated := [k for k in CAPTION if k in meta]:
                     indent = 4 if b"\n" in bytes(parts["json"]) else None
-                    parts["json"] = json.dumps({**meta, **dict.fromkeys(repeated, caption)}, indent=indent).encode()
+                    try:
+                        text = json.dumps({**meta, **dict.fromkeys(repeated, caption)}, indent=indent)
+                    except RecursionError as error:  # a parser goes deeper than a writer
+                        raise Rejected("json is nested too deeply") from error
+                    parts["json"] = text.encode()
         return dataclasses.replace(self, parts=parts)
 
 
@@ -145,6 +154,9 @@ def check_unique(uids: list[str], where: str) -> None:
 
 
 def _json(blob: Bytes) -> dict[str, Any]:
+    """Empty where the blob is no object, or too large to be anybody's metadata."""
+    if len(blob) > MAX_JSON_BYTES:
+        return {}
     try:
         value = json.loads(bytes(blob))
     except (ValueError, RecursionError):

@@ -17,6 +17,7 @@ BLOCK = 512
 MAX_MEMBERS = 2_000_000
 MAX_SAMPLE_BYTES = 128 * 1024**2
 MAX_EXTENDED_BYTES = 1024**2  # of a PAX or GNU name header
+MAX_NAME_BYTES = 4096  # PATH_MAX: a longer one names no file anywhere
 MAX_PADDING = 64 * 1024**2  # zeros behind the end of the archive
 # Members that common loaders would execute. They are refused, not carried along to the next reader.
 _EXECUTABLE = frozenset(("pickle", "pkl", "pyd", "pt", "pth", "jl", "joblib"))
@@ -44,6 +45,7 @@ def records(path: str, tar: Mapping) -> Iterator[Record]:
     """
     suffixes: dict[bytes, str] = {}  # those that were looked at already
     parts: list[tuple[str, int, int]] = []
+    firsts: dict[bytes, str] = {}  # the suffix that the samples of a key begin with
     key, begin, seen = b"", 0, set[str]()
     for name, start, data, end in _entries(path, tar):
         dot = name.find(b".", name.rfind(b"/") + 1)
@@ -56,6 +58,9 @@ def records(path: str, tar: Mapping) -> Iterator[Record]:
                 yield Record(_text(key), begin, padded(parts[-1][2]), parts)
             if stem.startswith(b"/") or b".." in stem.split(b"/"):
                 raise InputError(f"{path}: member {_text(name)!r} at byte {start} points outside the shard; refused")
+            if firsts.setdefault(stem, suffix) != suffix:  # where one between them is dropped, they would be one
+                what = "repeats its key, but begins with another suffix"
+                raise InputError(f"{path}: sample {_text(stem)!r} at byte {start} {what}; refused")
             key, begin, seen, parts = stem, start, set(), []
         seen.add(suffix)
         parts.append((suffix, data, end))
@@ -88,15 +93,20 @@ def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
                 raise InputError(f"{path}: truncated at {where}; fetch the shard again")
             reached = tar.reach(offset, reached)
         if kind in _REGULAR:
-            name = long_name or _name(header)
-            if kind or not name.endswith(b"/"):  # before POSIX, that was a directory
+            name = long_name or _short_name(path, header, start)
+            if (kind and name[-1:] != b"/") or not _names_a_folder(path, header, name, start):
                 count += 1
                 yield name, start, data, end
             start, long_name = offset, b""
         elif kind == _DIRECTORY:
             start, long_name = offset, b""
         elif kind in _EXTENDED:
-            long_name = long_name or _extended(path, kind, bytes(view[data:end]), data)
+            if kind == _GLOBAL and start != data - BLOCK:  # it would be copied apart from the name before it
+                raise InputError(f"{path}: a global header parts the one at byte {start} from its member; refused")
+            if bytes(view[end:offset]).strip(b"\0"):  # some readers parse it
+                raise InputError(f"{path}: there is data in the padding of the header at byte {data}; refused")
+            found = _extended(path, kind, bytes(view[data:end]), data)
+            long_name = long_name or found
             start = offset if kind == _GLOBAL else start
         else:
             what = "a link or a device" if kind in b"12346" else f"of kind {chr(kind)!r}, no plain file"
@@ -110,7 +120,7 @@ def _size(path: str, header: bytes, offset: int) -> int:
     # The low half of Adler-32 is the sum of the bytes modulo 65521: exact for ASCII, and far faster than a sum.
     fields = header[:148] + b"        " + header[156:]
     found = (adler32(fields) & 0xFFFF) - 1 if fields.isascii() else sum(fields)
-    stored, field = header[148:156].strip(b"\0 "), header[124:136].strip(b"\0 ")
+    stored, field = header[148:156].strip(b"\0 "), header[124:136].rstrip(b"\0 ").lstrip(b" ")
     try:
         if not stored.isdigit() or ((checksum := int(stored, 8)) != found and checksum != _signed(fields)):
             raise ValueError
@@ -138,9 +148,12 @@ def _signed(fields: bytes) -> int:
 
 
 def _extended(path: str, kind: int, content: bytes, offset: int) -> bytes:
-    """The name that a PAX or GNU header gives to the member behind it, if it does."""
+    """The name that a PAX or GNU header gives to the member behind it, if it does.
+
+    Readers disagree on an empty name and on what follows a NUL in one that is not made of C strings.
+    """
     if kind == ord("L"):
-        return content.split(b"\0", 1)[0]
+        return _sound(path, content.split(b"\0", 1)[0], offset)
     name, position = b"", 0
     while kind != ord("K") and position < len(content) and content[position]:  # K: of a link, refused when it comes
         match = _PAX.match(content, position)
@@ -149,7 +162,7 @@ def _extended(path: str, kind: int, content: bytes, offset: int) -> bytes:
             raise InputError(f"{path}: broken PAX header at byte {offset}; fetch the shard again")
         keyword, value = match[2], content[match.end() : end - 1]
         if keyword == b"path" and kind != _GLOBAL:
-            name = value.split(b"\0", 1)[0]
+            name = _sound(path, value, offset)
         elif keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse"):
             what = "is sparse, restates its size or names all members alike"
             raise InputError(f"{path}: the PAX header at byte {offset} {what}; refused")
@@ -173,6 +186,29 @@ def padded(offset: int) -> int:
     return (offset + 511) & -BLOCK
 
 
+def _sound(path: str, name: bytes, offset: int) -> bytes:
+    if not 0 < len(name) <= MAX_NAME_BYTES or b"\0" in name:
+        what = f"is empty, holds a NUL or is longer than {MAX_NAME_BYTES} bytes"
+        raise InputError(f"{path}: the name at byte {offset} {what}; refused")
+    return name
+
+
+def _short_name(path: str, header: bytes, start: int) -> bytes:
+    """The name in a header itself. Where POSIX has a prefix, old GNU tars have times, which some readers prepend."""
+    if header[345] and header[257:263] != b"ustar\0":
+        raise InputError(f"{path}: member {_text(_name(header))!r} at byte {start} has two names; refused")
+    return _name(header)
+
+
+def _names_a_folder(path: str, header: bytes, name: bytes, start: int) -> bool:
+    """Before POSIX, a directory was an empty file whose name ends in a slash. Raises where readers differ."""
+    slash = header[:100].split(b"\0", 1)[0][-1:] == b"/"
+    old = slash and not header[156]
+    if old != (name[-1:] == b"/") or (old and header[124:136].strip(b"\0 0")):
+        raise InputError(f"{path}: member {_text(name)!r} at byte {start} is half a directory; refused")
+    return old
+
+
 def _name(header: bytes) -> bytes:
     end = header.find(b"\0", 0, 100)
     name = header[: end if end >= 0 else 100]
@@ -188,6 +224,8 @@ def _text(name: bytes) -> str:
 def _checked(path: str, name: bytes, raw: bytes, start: int) -> str:
     """The suffix in lower case, if it is harmless."""
     suffix = _text(raw).lower()
+    if suffix == ".":  # of `..`, above all
+        raise InputError(f"{path}: member {_text(name)!r} at byte {start} ends in two dots; refused")
     if not _EXECUTABLE.isdisjoint(suffix.split(".")):
         raise InputError(f"{path}: member {_text(name)!r} at byte {start} could be executed by its reader; refused")
     return suffix
