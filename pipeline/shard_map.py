@@ -43,6 +43,7 @@ RUN = "run.json"  # what a folder is the output of, and of how many shards
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
 READERS = 16  # markers that are read at once
+_COUNTED = ("read", "out", "dropped", "failed", "changed")
 _held: set[str] = set()  # folders that this process has locked
 
 

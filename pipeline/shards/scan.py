@@ -24,6 +24,7 @@ _EXECUTABLE = frozenset(("pickle", "pkl", "pyd", "pt", "pth", "jl", "joblib"))
 _ZEROS = bytes(BLOCK)
 _REGULAR, _DIRECTORY, _EXTENDED, _GLOBAL = b"0\x007", ord("5"), b"xXgLK", ord("g")
 _PAX = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
+_TIME = re.compile(rb"(\d\d) mtime=\d{1,12}\.\d{1,12}\n")
 
 _Entry = tuple[bytes, int, int, int]  # name, start of its headers, start and end of its content
 
@@ -75,11 +76,15 @@ def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
     view, total = tar.view, tar.size
     start = offset = reached = count = 0
     long_name = b""  # from a PAX or GNU header before the member; of two, the first holds
+    timed: dict[bytes, int] = {}  # PAX headers that were looked at already, and the bytes behind them
     while True:
         data = offset + BLOCK
         if data > reached:
             reached = tar.reach(data, reached)
         header = bytes(view[offset:data])
+        if (size := timed.get(header, 0)) and _only_a_time(bytes(view[data : data + BLOCK]), size):
+            offset = data + BLOCK
+            continue
         if not header[:1].strip(b"\0") and header == _ZEROS and start == offset:
             return _check_padding(path, tar, offset, reached)
         if data > total:
@@ -108,6 +113,8 @@ def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
             found = _extended(path, kind, bytes(view[data:end]), data)
             long_name = long_name or found
             start = offset if kind == _GLOBAL else start
+            if kind == ord("x") and size < BLOCK and len(timed) < 64:
+                timed[header] = size
         else:
             what = "a link or a device" if kind in b"12346" else f"of kind {chr(kind)!r}, no plain file"
             raise InputError(f"{path}: member {_text(_name(header))!r} at byte {start} is {what}; refused")
@@ -168,6 +175,12 @@ def _extended(path: str, kind: int, content: bytes, offset: int) -> bytes:
             raise InputError(f"{path}: the PAX header at byte {offset} {what}; refused")
         position = end
     return name
+
+
+def _only_a_time(block: bytes, size: int) -> bool:
+    """Whether a PAX header says nothing but what webdataset's writer does: a fraction of a second."""
+    match = _TIME.match(block)
+    return match is not None and match.end() == size == int(match[1]) and block.endswith(_ZEROS[size:])
 
 
 def _check_padding(path: str, tar: Mapping, start: int, reached: int) -> None:

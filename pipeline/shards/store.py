@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pipeline.shards import remote
 _SIDECARS = re.compile(
     r"(\.(embeddings|scores|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains))\.parquet$"
 )
+MAX_SHARDS = 10_000_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # What the last listing said of remote shards, so that each need not be asked for again. Markers are never in here.
 _listed: dict[str, remote.Info] = {}
@@ -87,6 +89,8 @@ def _paths(where: str) -> list[str]:
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if match := _RANGE.search(where):
         low, high = match.groups()
+        if int(high) - int(low) > MAX_SHARDS:
+            raise InputError(f"{where}: more than {MAX_SHARDS:,} shards")
         numbers = range(int(low), int(high) + 1)
         return [f"{where[: match.start()]}{n:0{len(low)}d}{where[match.end() :]}" for n in numbers]
     if any(c in where for c in "*?["):
@@ -170,6 +174,8 @@ def view(path: str) -> memoryview:
     if is_url(path):
         return remote.view(path)
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe that nobody writes to would block
+            raise InputError(f"{path}: not a file")
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return memoryview(b"")

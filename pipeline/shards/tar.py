@@ -211,7 +211,10 @@ def _sample(shard: Shard, tar: memoryview, record: Record, rule: UidRule) -> Sam
 
 def _image_part(record: Record) -> tuple[str, int, int]:
     """Suffix, start and end of the image that `Sample.image` gives; an empty one where there is none."""
-    found = {suffix: (suffix, data, end) for suffix, data, end in record.parts}
+    first = record.parts[0]
+    if first[0] == IMAGE_SUFFIXES[0]:  # as nearly always
+        return first
+    found = {part[0]: part for part in record.parts}
     return next((found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found), ("", record.start, record.start))
 
 

@@ -50,6 +50,7 @@ def resharder(shards: list[Shard], folder: Path, clone: str | None, ours: float)
         "-j",
         cores,
     ]
+    out.mkdir()
     clock = time.perf_counter()
     done = subprocess.run(
         [*command, "-n", str(len(shards))], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True

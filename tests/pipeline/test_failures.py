@@ -13,8 +13,9 @@ from conftest import contents, pairs, write_tar
 from pipeline.errors import InputError
 from pipeline.poison import poison
 from pipeline.shard_map import Job, ShardsFailed, shard_map
-from pipeline.shards import Counts, Shard, list_shards, rewrite
+from pipeline.shards import Counts, Shard, list_shards, rewrite, samples
 from pipeline.shards.store import whole
+from pipeline.status import status
 
 # functions of a test module are not importable by the workers
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -153,3 +154,33 @@ def _loses_one(shard: Shard, out: str) -> Counts:
     counts = rewrite(shard, out, lambda sample: sample)
     counts.out -= 1
     return counts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{}",
+        "null",
+        '{"job": "poison"}',
+        '{"facts": {"files": 5}}',
+        '{"facts": {"files": ["../x"]}, "output": 3}',
+    ],
+)
+def test_a_marker_that_is_none_is_not_believed(tars, tmp_path, text):
+    out = tmp_path / "out"
+    poison(str(tars), str(out), attack=PATCH, dose="5")
+    before = contents(out)
+    (out / "00000001.stats.json").write_text(text)
+    assert status(str(out)) == 1
+    poison(str(tars), str(out), attack=PATCH, dose="5")
+    assert contents(out) == before
+    assert status(str(out)) == 0
+
+
+def test_a_pipe_or_an_endless_range_for_shards(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(InputError, match="not a file"):
+        list(samples(list_shards(str(tmp_path))[0]))
+    with pytest.raises(InputError, match="more than 10,000,000 shards"):
+        list_shards(str(tmp_path / "{0..99999999999}.tar"))
