@@ -21,6 +21,7 @@ from typing import Any
 
 JOB = ["--attack", "patch(target='banana', size=24)", "--dose", "50%"]
 DRIVER, WORKER, NODE = "driver", "worker", "second node"
+SHARDS = 40
 SIDE = ("run.json", ".lock")
 
 
@@ -41,22 +42,24 @@ def torment(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 
     source, calm, out = folder / "in", folder / "calm", folder / "out"
     source.mkdir()
-    make(source, 24, 120)
-    rng, done, finished = random.Random(seed), collections.Counter[str](), 0
+    make(source, SHARDS, 100)
+    rng, done, finished, middle = random.Random(seed), collections.Counter[str](), 0, 0
     with Nodes() as nodes:
-        clock = time.monotonic()
         if _driver(source, calm, nodes.address).wait():
             raise SystemExit("the undisturbed run failed")
-        quiet = time.monotonic() - clock
         expected = _contents(calm)
         while sum(done.values()) < kills:
-            driver = _driver(source, out, nodes.address)
+            driver, began = _driver(source, out, nodes.address), time.time()
+            if rng.random() < 0.8:  # the others are hit while they start
+                _wait_for_shards(driver, out, began)
             while driver.poll() is None:
-                time.sleep(rng.uniform(0.05, quiet / 4))
+                time.sleep(rng.uniform(0.05, 2.0))
                 victim = rng.choice((DRIVER, WORKER, WORKER, NODE))
                 if driver.poll() is None and sum(done.values()) < kills and nodes.kill(victim, driver.pid, rng):
                     done[victim] += 1
-                    print(f"{sum(done.values())}: {victim}; {len(list(out.glob('*.tar')))} shards", file=sys.stderr)
+                    there = len(list(out.glob("*.stats.json")))
+                    middle += 0 < there < SHARDS
+                    print(f"{sum(done.values())}: {victim}; {there} of {SHARDS} shards", file=sys.stderr, flush=True)
             if driver.returncode == 0:
                 _check(expected, _contents(out))
                 finished += 1
@@ -64,7 +67,8 @@ def torment(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         if _driver(source, out, nodes.address).wait():
             raise SystemExit("the job did not finish once it was left alone")
         _check(expected, _contents(out))
-    return {"kills": sum(done.values()), **done, "outputs_compared": finished + 1, "files_each": len(expected)}
+    counts = {"outputs_compared": finished + 1, "files_each": len(expected)}
+    return {"kills": sum(done.values()), **done, "in_the_middle": middle, **counts}
 
 
 class Nodes:
@@ -116,6 +120,13 @@ class Nodes:
             if parent in raylets and title.startswith(b"ray::") and not title.startswith(b"ray::IDLE"):
                 found.append(int(path.name))
         return found
+
+
+def _wait_for_shards(driver: subprocess.Popen[bytes], out: Path, began: float) -> None:
+    """Until the driver has begun with the shards: then it writes what it is about."""
+    run = out / "run.json"
+    while driver.poll() is None and not (run.exists() and run.stat().st_mtime > began):
+        time.sleep(0.05)
 
 
 def _driver(source: Path, out: Path, address: str) -> subprocess.Popen[bytes]:
