@@ -282,15 +282,11 @@ def read_markers(paths: Sequence[str]) -> list[dict[str, Any]]:
 def _read_marker(path: str) -> dict[str, Any]:
     try:
         marker = json.loads(bytes(view(path)))
-        whole = (
-            marker["job"],
-            marker["code"],
-            marker["spec_digest"],
-            marker["input_sha256"],
-            marker["facts"].get("files"),
-        )
-        return marker if whole and marker["input"]["file"] and "output" in marker else {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        needed = ("job", "code", "spec_digest", "input_sha256", "output", "finished", *_COUNTED)
+        files = [marker["output"], *marker["facts"].get("files", ())]
+        whole = all(name in marker for name in needed) and all(isinstance(file, str) for file in files)
+        return marker if whole and marker["input"]["file"] else {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

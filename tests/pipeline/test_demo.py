@@ -67,7 +67,7 @@ def test_stock_open_clip_loads_a_checkpoint_and_its_loader_reads_the_kept_shards
     assert sum(p.numel() for p in model.parameters()) > 1e5
     for kept in folder.glob("filter-*/kept"):
         sizes = json.loads((kept / "sizes.json").read_text())
-        stats = {p.name[:8]: json.loads(p.read_text())["successes"] for p in kept.glob("*_stats.json")}
+        stats = {p.name[:-11]: json.loads(p.read_text())["successes"] for p in kept.glob("*_stats.json")}
         assert {name.removesuffix(".tar"): n for name, n in sizes.items()} == stats
         assert sum(stats.values()) > 0
 
