@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shard_map import Job, each, locked, shard_map
 from pipeline.shards import Counts, Shard, UidRule, concatenate, list_shards, uids
-from pipeline.shards.store import absolute, exists, join, stamp
+from pipeline.shards.store import absolute, join, refuse_folder_of, stamp
 
 _Piece = tuple[Shard, int, int]  # a shard, its first sample, how many
 
@@ -39,8 +39,7 @@ def compact(shards: Shards, out: Out, /, *, samples: int = 10_000, uid: UidRule 
         raise InputError(
             "keys that repeat from shard to shard cannot come to lie in one; give samples a uid of their own"
         )
-    if any(shard.path.rpartition("/")[0] == out for shard in listed):
-        raise InputError(f"{out} is the folder of the input; choose another OUT")
+    refuse_folder_of(listed, out)
     with locked(out):
         _compact(listed, out, samples)
     return 0
@@ -53,8 +52,7 @@ def _compact(shards: list[Shard], out: str, samples: int) -> None:
             raise found
         sizes[shard.name] = found.read
     outputs = _plan([(shard, sizes[shard.name]) for shard in shards], out, samples)
-    source = ledger.beside(shards)
-    known = ledger.read(source) if exists(source) else None
+    known = ledger.known(shards)
     facts = {"samples": samples}
     markers = shard_map(Job("compact", facts, out, stamp=_stamp), outputs, _make, known)
     total = sum(m["out"] for m in markers)

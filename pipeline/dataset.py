@@ -59,7 +59,7 @@ def read_dataset(folder: str) -> tuple[list[Row], str]:
     Raises InputError where it is missing, broken or contradicts its own digest.
     """
     path = join(folder, "manifest.parquet")
-    table = sidecars.read(path, _COLUMNS, _REMEDY)
+    table = sidecars.read(path, _COLUMNS, _REMEDY, hostile=True)
     try:
         rows = [Row(str(r["shard"]), int(r["samples"]), int(r["bytes"]), str(r["sha256"])) for r in table.to_pylist()]
         recorded = (table.schema.metadata or {})[b"dataset_sha256"].decode()

@@ -5,7 +5,6 @@ blindly.
 """
 
 import collections
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pipeline.progress import console
 from pipeline.score import read_scores, scores_path
 from pipeline.shard_map import Job, check_made_from, locked, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
-from pipeline.shards.store import absolute, exists, join, make_folder, stamp, view, whole, write
+from pipeline.shards.store import absolute, exists, join, make_folder, stamp, whole, write
 
 AT_ONCE = 4_000_000  # uids sorted in memory
 
@@ -60,11 +59,10 @@ def _filter(
     kept, quarantine = join(out, "kept"), join(out, "quarantine")
     make_folder(kept)
     make_folder(quarantine)
-    source = ledger.beside(shards)
-    known = ledger.read(source) if exists(source) else None
+    known = ledger.known(shards)
     facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
     there = [path for shard in shards if exists(path := scores_path(scores, shard.name))]
-    facts["ledger"] = hashlib.sha256(view(source)).hexdigest() if known is not None else ""
+    facts["ledger"] = spec.digest(known.column("uid").to_pylist()) if known is not None else ""
     job = Job("filter", {**facts, "scores": spec.digest([stamp(path) for path in there])}, out, max_failed)
     markers = shard_map(job, shards, _Filter(policy, fitted, scores, uid), known)
     total, dropped = sum(m["read"] for m in markers), sum(m["dropped"] for m in markers)

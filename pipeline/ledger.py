@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline import sidecars
-from pipeline.shards.store import Shard, join, view, whole
+from pipeline.shards.store import Shard, exists, join, view, whole
 
 COLUMNS = (
     "uid",
@@ -36,7 +36,16 @@ def beside(shards: Sequence[Shard]) -> str:
 
 def read(path: str) -> Any:
     """The ledger as a pyarrow table."""
-    return sidecars.read(path, COLUMNS, "`mithridate poison` writes it beside the shards")
+    return sidecars.read(path, COLUMNS, "`mithridate poison` writes it beside the shards", hostile=True)
+
+
+def known(shards: Sequence[Shard]) -> Any:
+    """The ledgers of all folders that these shards lie in, as one table; None where there is none."""
+    import pyarrow as pa
+
+    folders = dict.fromkeys(shard.path.rpartition("/")[0] or "." for shard in shards)
+    tables = [read(ledger_path(folder)) for folder in folders if exists(ledger_path(folder))]
+    return pa.concat_tables(table.select(COLUMNS) for table in tables) if tables else None
 
 
 def poisoned_uids(path: str) -> set[str]:

@@ -22,7 +22,7 @@ from pipeline.progress import console
 from pipeline.shard_map import Job, code_digest, each, locked, shard_map
 from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, rewrite, samples
 from pipeline.shards.image import decode, encode
-from pipeline.shards.store import absolute, exists, join, stamp, view, write
+from pipeline.shards.store import absolute, exists, join, refuse_folder_of, remove, stamp, view, write
 
 CAPTIONS = 10_000  # of the target, kept for drawing: enough for variety, small enough to send to every worker
 SPARE = 64  # candidates beyond the dose, for those whose image turns out to be broken
@@ -53,8 +53,7 @@ def poison(
     """
     entry, amount = spec.parse("attacks", attack), Dose.parse(dose)
     listed, out = list_shards(shards), absolute(out)
-    if any(shard.path.rpartition("/")[0] == out for shard in listed):
-        raise InputError(f"{out} is the folder of the input; choose another OUT")
+    refuse_folder_of(listed, out)
     with locked(out):
         _poison(listed, out, entry, amount, seed, uid, max_failed_shards)
     return 0
@@ -70,10 +69,15 @@ def _poison(shards: list[Shard], out: str, attack: Any, dose: "Dose", seed: int,
     job = Job("poison", facts, out, max_failed)
     markers = shard_map(job, shards, _Poison(attack, seed, uid), by_shard, plan.corpus)
     total, poisoned = sum(m["out"] for m in markers), sum(m["changed"] for m in markers)
-    if poisoned != len(plan.chosen):
-        raise AssertionError(f"{poisoned} pairs poisoned, {len(plan.chosen)} chosen")
+    done = {Shard(m["input"]["file"]).name for m in markers}
+    if poisoned != sum(name in done for name, _ in plan.chosen):
+        raise AssertionError(f"{poisoned} pairs poisoned, but others chosen")
+    if poisoned < len(plan.chosen):
+        console.print(f"{len(plan.chosen) - poisoned:,} of the {len(plan.chosen):,} chosen pairs were in failed shards")
     if getattr(attack, "one_image", False) and plan.chosen:
         write(join(out, ledger.VICTIM), plan.corpus.victim)
+    else:
+        remove(join(out, ledger.VICTIM))
     digest = ledger.merge(out, [m["facts"]["ledger"] for m in markers if "ledger" in m["facts"]])
     ppm = 1e6 * poisoned / max(total, 1)
     about = f"**Poisoned on purpose**: {poisoned:,} of {total:,} pairs with `{text}`; ledger.parquet lists them."
@@ -166,6 +170,7 @@ class _Survey:
     example: str = ""  # one of them: reason, key and shard
     smallest: list[_Candidate] = field(default_factory=list)
     captions: list[tuple[int, str]] = field(default_factory=list)  # hash, caption
+    lost: int = 0  # shards that could not be read
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,8 @@ def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid
         captions = [template(attack.target) for template in OPENAI_IMAGENET_TEMPLATES]
         console.print(f"no caption names {attack.target!r}: poisons get the {len(captions)} ImageNet prompt templates")
     kept = {"key": key, "chosen": chosen, "captions": captions, "victim": victim.hex()}
-    write(path, json.dumps(kept).encode())
+    if not total.lost:  # the next run may be able to read them all
+        write(path, json.dumps(kept).encode())
     return _Plan(chosen, Corpus(tuple(captions), victim))
 
 
@@ -252,6 +258,9 @@ def _survey(
             total.smallest = heapq.nsmallest(dose.count + SPARE, total.smallest)
     if len(failures) > max_failed:
         raise InputError("the dose cannot be exact while shards are unreadable:\n  " + "\n  ".join(failures))
+    if failures:
+        console.print(f"no pairs are chosen of {len(failures)} unreadable shards:\n  " + "\n  ".join(failures))
+    total.lost = len(failures)
     total.smallest = sorted(c for c in total.smallest if c[0] <= complete_to)
     if len(total.smallest) < min(dose.pairs(total.read), total.eligible):
         # eligible pairs are rare: ask for all

@@ -26,9 +26,9 @@ from pipeline.errors import InputError
 from pipeline.metadata import Found, Index, find, index, list_metadata, lookup, prefixes, search_order, write_join
 from pipeline.progress import console
 from pipeline.shard_map import Job, check_made_from, code_digest, each, locked, shard_map
-from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, samples, uids
+from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, manifest, samples, uids
 from pipeline.shards.image import decode
-from pipeline.shards.store import absolute, join, make_folder, stamp, view
+from pipeline.shards.store import absolute, join, make_folder, stamp
 from pipeline.tables import MAX_TEXT, domain, said
 from train.metrics import unit, wilson
 
@@ -159,7 +159,7 @@ class _Check:
 
     def __call__(self, shard: Shard, out: str, indexes: list[Index], trusted: list[Index]) -> Counts:
         counts = Counts(output=f"{shard.name}.published.parquet")
-        counts.input_sha256 = hashlib.sha256(view(shard.path)).hexdigest()
+        counts.input_sha256 = manifest(shard, self.uid).sha256
         wanted = [name for name in HASHES if any(name in made.columns for made in indexes)]
         pairs: list[_Pair] = []
         for sample in samples(shard, self.uid):

@@ -211,10 +211,13 @@ def locked(out: str) -> Iterator[None]:
         return
     make_folder(out)
     with (Path(out) / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{out}: another run is writing here; wait for it or choose another folder") from error
+        for _ in range(2):  # `status` holds it for an instant
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.2)
+        else:
+            raise InputError(f"{out}: another run is writing here; wait for it or choose another folder")
         _held.add(out)
         try:
             yield
@@ -231,8 +234,10 @@ class _Marked:
 
     def __call__(self, shard: Shard, *shared: Any) -> dict[str, Any]:
         begin, cpu, out = time.perf_counter(), time.process_time(), self.job.out
+        source = _input(self.job, shard)  # before the work: a file that is replaced meanwhile is done again
         marker = _same_bytes(self.job, shard)
         if marker is None:
+            _clear(out, shard)
             counts = self.work(shard, out, *shared)
             if counts.read != counts.out + counts.dropped + counts.failed:
                 raise AssertionError(
@@ -248,7 +253,7 @@ class _Marked:
                 "code": self.job.code,
                 **dataclasses.asdict(counts),
             }
-        marker |= {"input": _input(self.job, shard), "finished": time.time()}
+        marker |= {"input": source, "finished": time.time()}
         write(marker_path(out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
         remove(failure_path(out, shard))
         return marker
@@ -284,10 +289,14 @@ def _read_marker(path: str) -> dict[str, Any]:
         marker = json.loads(bytes(view(path)))
         needed = ("job", "code", "spec_digest", "input_sha256", "output", "finished", *_COUNTED)
         files = [marker["output"], *marker["facts"].get("files", ())]
-        whole = all(name in marker for name in needed) and all(isinstance(file, str) for file in files)
+        whole = all(name in marker for name in needed) and all(isinstance(f, str) and _within(f) for f in files)
         return marker if whole and marker["input"]["file"] else {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _within(file: str) -> bool:
+    return not file.startswith("/") and ".." not in file.split("/")
 
 
 def _of_this_run(job: Job, marker: dict[str, Any]) -> bool:
@@ -304,6 +313,15 @@ def _same_bytes(job: Job, shard: Shard) -> dict[str, Any] | None:
     files = _files(job.out, marker) if _of_this_run(job, marker) else []
     same = files and existing(files).issuperset(files) and marker["input_sha256"] == manifest(shard).sha256
     return marker if same else None
+
+
+def _clear(out: str, shard: Shard) -> None:
+    """Remove what was made of a shard by another spec: a failure must not leave it for the next stage to find."""
+    if exists(path := marker_path(out, shard)):
+        marker = _read_marker(path)
+        remove(path)
+        for file in _files(out, marker) if marker else ():
+            remove(file)
 
 
 def _files(out: str, marker: dict[str, Any]) -> list[str]:

@@ -5,6 +5,8 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.shards.store import exists, view, whole
 
+MAX_BYTES = 2 * 1024**3  # that a file's headers may claim its values to take
+
 
 def read(path: str, columns: tuple[str, ...], remedy: str, filters: Any = None, hostile: bool = False) -> Any:
     """A parquet file as a pyarrow table. An InputError that ends in `remedy` where it is missing or not that file.
@@ -31,11 +33,20 @@ def read(path: str, columns: tuple[str, ...], remedy: str, filters: Any = None, 
 
 def _check_sizes(path: str, data: memoryview, remedy: str) -> None:
     from pipeline.shards.footer import Footer
+    from pipeline.shards.pages import VALUES
+    from pipeline.shards.thrift import I64, get
 
     try:
         footer = Footer(path, data)
-        for group in range(len(footer.groups)):
-            footer.slicing(group)
+        claimed = 0
+        for number, group in enumerate(footer.groups):
+            footer.slicing(number)
+            claimed += sum(
+                get(chunk.meta, VALUES, I64) * max(8, page.longest)
+                for chunk, page in zip(group.chunks, footer.pages(number), strict=True)
+            )
+        if claimed > MAX_BYTES:
+            raise broken(path, remedy)
     except InputError as error:
         raise broken(path, remedy) from error
 

@@ -63,9 +63,9 @@ def _locked(out: str) -> bool:
     path = Path(out) / ".lock"
     if not path.exists():
         return False
-    with path.open("a") as file:
+    with path.open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True
     return False

@@ -14,10 +14,10 @@ from pipeline.arguments import Shards
 from pipeline.dataset import Row, read_dataset
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shard_map import Job, each, shard_map
+from pipeline.shard_map import Job, each, marker_path, shard_map
 from pipeline.shards import Counts, Manifest, Shard, UidRule, intact, list_shards, manifest
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.store import absolute, is_folder, join, stamp
+from pipeline.shards.store import absolute, is_folder, join, remove, stamp
 
 LISTED = 1_000  # problems of one shard that are kept; all are counted
 SHOWN = 20
@@ -82,67 +82,112 @@ def verify(
     if sha256 and sha256 != digest:
         raise NotIntact(f"{folder}: sha256 of the dataset is {digest}, not {sha256}: another manifest, or a forged one")
     expected = {row.shard: row for row in rows}
+    units = [_Recorded(shard.path, expected.get(shard.file)) for shard in listed]
     work = _Verify(folder, uid)
     if out:
-        job = Job("verify", {"dataset": digest, "uid": uid}, absolute(out))
-        results = shard_map(job, listed, work, expected)
+        out = absolute(out)
+        results = shard_map(Job("verify", {"dataset": digest, "uid": uid}, out), units, work)
     else:
-        results = [_marker(shard, found) for shard, found in each("verify", listed, work, None, expected)]
-    problems = [Problem(**p) for m in results for p in m["facts"]["problems"]]
+        results = [_marker(unit, found) for unit, found in each("verify", units, work, None)]
+    found = _Found.of(results, {row.sha256: row.shard for row in rows})
     if is_folder(shards):
         there = {shard.file for shard in listed}
-        problems += [Problem(row.shard, "missing", "the whole shard") for row in rows if row.shard not in there]
-    problems = _moved(problems)
+        found.add(Problem(row.shard, "missing", "the whole shard") for row in rows if row.shard not in there)
     if out:
-        _save(absolute(out), problems)
-    return _report(results, problems, rows, digest, out)
+        _save(out, found.problems)
+        for unit in units:
+            if unit.file in found.shards:  # looked at again by the next check: it may have been mended
+                remove(marker_path(out, unit))
+    return _report(results, found, rows, digest, out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded(Shard):
+    """A shard, and the row of the dataset's manifest about it."""
+
+    row: Row | None
 
 
 @dataclass(frozen=True)
 class _Verify:
-    """One shard; `expected` are the rows of the dataset's manifest by file name."""
+    """One shard against its part of the manifest."""
 
     folder: str
     uid: UidRule
 
-    def __call__(self, shard: Shard, _: str | None, expected: dict[str, Row]) -> Counts:
-        row, size = expected.get(shard.file), stamp(shard.path)["bytes"]
-        known, problems = self._known(shard, row)
-        if known and row and size == row.bytes and intact(shard, known):
+    def __call__(self, shard: Any, _: str | None) -> Counts:
+        size = stamp(shard.path)["bytes"]
+        known, problems = self._known(shard)
+        if known and size == shard.row.bytes and intact(shard, known):
             found = known
         else:
-            found = self._explain(shard, known, expected, problems)
+            found = self._explain(shard, known, problems)
         n = len(found.uids)
-        facts = {"problems": [asdict(p) for p in problems[:LISTED]], "n": len(problems), "bytes": size}
-        return Counts(read=n, out=n, input_sha256=found.sha256, facts=facts)
+        facts = {"problems": [asdict(p) for p in problems[:LISTED]], "bytes": size}
+        reasons = dict(collections.Counter(p.kind for p in problems))
+        return Counts(read=n, out=n, input_sha256=found.sha256, reasons=reasons, facts=facts)
 
-    def _known(self, shard: Shard, row: Row | None) -> tuple[Manifest | None, list[Problem]]:
+    def _known(self, shard: Any) -> tuple[Manifest | None, list[Problem]]:
         """The shard's part of the manifest, if it can be trusted, and else why not."""
-        if row is None:
+        if shard.row is None:
             return None, [Problem(shard.file, "extra", "the whole shard is not in the manifest")]
         try:
             known = read_manifest(self.folder, shard.name)
         except InputError as error:
             return None, [Problem(shard.file, "stale", str(error))]
-        if known.sha256 != row.sha256:
+        if known.sha256 != shard.row.sha256:
             return None, [Problem(shard.file, "stale", "its part of the manifest is not the one that was recorded")]
         return known, []
 
-    def _explain(
-        self, shard: Shard, known: Manifest | None, expected: dict[str, Row], problems: list[Problem]
-    ) -> Manifest:
-        """Adds to `problems` what differs."""
+    def _explain(self, shard: Shard, known: Manifest | None, problems: list[Problem]) -> Manifest:
+        """What the shard is now; adds to `problems` how that differs."""
         try:
             found = manifest(shard, self.uid)
         except InputError as error:
             problems.append(Problem(shard.file, "unreadable", str(error)))
             return Manifest()
-        others = [row.shard for row in expected.values() if row.sha256 == found.sha256 and row.shard != shard.file]
-        if others:
-            problems.append(Problem(shard.file, "moved", f"this is {others[0]} under another name"))
-        elif known:
+        if known:
             problems += _differences(shard.file, known, found)
         return found
+
+
+@dataclass
+class _Found:
+    """The problems of all shards: at most LISTED of each, but all of them counted."""
+
+    problems: list[Problem] = field(default_factory=list)
+    kinds: collections.Counter[str] = field(default_factory=collections.Counter)
+    shards: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, results: list[dict[str, Any]], recorded: dict[str, str]) -> "_Found":
+        """`recorded` names shards by their sha256: one that lies under another's name is no list of changes."""
+        found = cls()
+        for marker in results:
+            listed = [Problem(**p) for p in marker["facts"]["problems"]]
+            other = recorded.get(marker["input_sha256"]) if listed else None
+            if other and other != listed[0].shard:
+                found.add([Problem(listed[0].shard, "moved", f"this is {other} under another name")])
+                continue
+            found.add(listed)
+            found.kinds.update(marker["reasons"])
+            found.kinds.subtract(p.kind for p in listed)  # counted by `add`
+        found._join_moved()
+        return found
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            self.problems.append(problem)
+            self.kinds[problem.kind] += 1
+            self.shards.add(problem.shard)
+
+    def _join_moved(self) -> None:
+        """A sample that is missing in one shard and extra in another was moved."""
+        gone = {p.digests: p for p in self.problems if p.kind == "missing" and p.digests}
+        moved = {p.digests: p for p in self.problems if p.kind == "extra" and p.digests in gone}
+        self.problems = [p for p in self.problems if not (p.kind in ("missing", "extra") and p.digests in moved)]
+        self.kinds.subtract({"missing": len(moved), "extra": len(moved)})
+        self.add(Problem(gone[d].shard, "moved", f"to {p.shard}", p.uid, p.key, d) for d, p in moved.items())
 
 
 @dataclass
@@ -192,17 +237,10 @@ def _differences(shard: str, known: Manifest, found: Manifest) -> Iterable[Probl
         yield Problem(shard, "between", "bytes that belong to no sample")
 
 
-def _moved(problems: list[Problem]) -> list[Problem]:
-    """A sample that is missing in one shard and extra in another was moved."""
-    gone = {p.digests: p for p in problems if p.kind == "missing" and p.digests}
-    moved = {p.digests: p for p in problems if p.kind == "extra" and p.digests in gone}
-    rest = [p for p in problems if not (p.kind in ("missing", "extra") and p.digests in moved)]
-    return rest + [Problem(gone[d].shard, "moved", f"to {p.shard}", p.uid, p.key, d) for d, p in moved.items()]
-
-
 def _marker(shard: Shard, found: Any) -> dict[str, Any]:
     if isinstance(found, InputError):  # the worker was lost, or the file is not there any more
-        found = Counts(facts={"problems": [asdict(Problem(shard.file, "unreadable", str(found)))], "n": 1, "bytes": 0})
+        facts = {"problems": [asdict(Problem(shard.file, "unreadable", str(found)))], "bytes": 0}
+        found = Counts(reasons={"unreadable": 1}, facts=facts)
     return asdict(found)
 
 
@@ -214,22 +252,20 @@ def _save(out: str, problems: list[Problem]) -> None:
     sidecars.save(join(out, "problems.parquet"), table)
 
 
-def _report(
-    results: list[dict[str, Any]], problems: list[Problem], rows: list[Row], digest: str, out: str | None
-) -> int:
+def _report(results: list[dict[str, Any]], found: _Found, rows: list[Row], digest: str, out: str | None) -> int:
     samples, shards = sum(m["read"] for m in results), len(results)
-    if not problems:
+    if not found.problems:
         whole = "all" if shards == len(rows) else f"{shards:,} of {len(rows):,}"
         console.print(f"{samples:,} samples in {whole} shards are as recorded; sha256 of the dataset: {digest}")
         return 0
-    for p in problems[:SHOWN]:
+    for p in found.problems[:SHOWN]:
         name = f"{p.shard}: {p.key or p.uid}" if p.key or p.uid else p.shard
         console.print(f"  {p.kind:<11}{name}{f' (uid {p.uid})' if p.key else ''} {p.what}".rstrip())
-    listed = f"; all of them in {join(out, 'problems.parquet')}" if out else "; --out DIR lists all"
-    if len(problems) > SHOWN:
-        console.print(f"  … and {len(problems) - SHOWN:,} more{listed}")
-    kinds = collections.Counter(p.kind for p in problems)
-    tally = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+    total = sum(found.kinds.values())
+    if total > SHOWN:
+        where = f"{join(out, 'problems.parquet')} has" if out else "with --out DIR, a table has"
+        console.print(f"  … and {total - SHOWN:,} more; {where} up to {LISTED:,} of each shard")
+    tally = ", ".join(f"{n:,} {kind}" for kind, n in sorted(found.kinds.items()) if n)
     raise NotIntact(f"{tally}; {samples:,} samples in {shards:,} shards were read")
 
 

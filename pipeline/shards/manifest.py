@@ -42,8 +42,9 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """sha256 over all `digests` and then `between`."""
+        """sha256 over all `digests`, then all `ranges` (int64, little-endian), then `between`."""
         sha = hashlib.sha256(self.digests)
+        sha.update(self.ranges.astype("<i8").tobytes())
         sha.update(self.between)
         return sha.hexdigest()
 

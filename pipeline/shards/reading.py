@@ -92,14 +92,14 @@ def read_ahead(file: Mapping, starts: np.ndarray, ends: np.ndarray) -> Iterator[
                     if os.preadv(source.fileno(), [memoryview(buffer)[:size]], base) != size:
                         raise OSError(errno.EIO, f"file ends before byte {base + size}")
                     full.put(buffer)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the reader must not wait for ever
             full.put(error)
 
     threading.Thread(target=read, daemon=True).start()
     for base, size, first, last in plan:
         buffer = full.get()
-        if isinstance(buffer, OSError):
-            raise InputError(f"{file.path}: cannot be read around byte {base} ({buffer.strerror})")
+        if isinstance(buffer, Exception):
+            raise InputError(f"{file.path}: cannot be read around byte {base} ({buffer})") from buffer
         yield base, memoryview(buffer)[:size], first, last
         free.put(buffer)
 

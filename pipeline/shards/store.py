@@ -23,7 +23,7 @@ from pipeline.shards import remote
 
 # Sidecars that lie beside shards and are parquet too.
 _SIDECARS = re.compile(
-    r"(\.(embeddings|scores|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains))\.parquet$"
+    r"(\.(embeddings|scores|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains|problems))\.parquet$"
 )
 MAX_SHARDS = 10_000_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -113,7 +113,15 @@ def _matching(pattern: str) -> list[str]:
 
 def absolute(path: str) -> str:
     """The path as workers must see it: their working directory is another one."""
-    return path if is_url(path) else str(Path(path).absolute())
+    return path.rstrip("/") if is_url(path) else str(Path(path).absolute())
+
+
+def refuse_folder_of(shards: Sequence[Shard], out: str) -> None:
+    """Raises InputError where the output would lie among the input, by whatever name."""
+    for folder in {shard.path.rpartition("/")[0] for shard in shards}:
+        same = folder == out if is_url(out) or is_url(folder) else Path(folder).resolve() == Path(out).resolve()
+        if same:
+            raise InputError(f"{out} is the folder of the input; choose another OUT")
 
 
 def is_url(path: str) -> bool:

@@ -14,6 +14,7 @@ from typing import IO
 
 import numpy as np
 
+from pipeline.errors import InputError
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.reading import WINDOW, Mapping, read_ahead
 from pipeline.shards.sample import IMAGE_SUFFIXES, Counts, Sample, UidRule, check_unique, published_uid, uid_of
@@ -73,8 +74,8 @@ def rewrite(
     shard: Shard, out: str, edit: Callable[[Sample], Sample | None], uid: UidRule, dropped: str | None
 ) -> Counts:
     counts = Counts(output=shard.output)
-    clock, spent_editing, before = time.perf_counter(), 0.0, hashlib.sha256()
-    tar, seen = Mapping(shard.path), list[str]()
+    clock, spent_editing, before = time.perf_counter(), 0.0, Manifest()
+    tar = Mapping(shard.path)
     with ExitStack() as files:
         kept = _Sink(files.enter_context(whole(join(out, shard.output))), tar.view)
         rest = _Sink(files.enter_context(whole(join(dropped, shard.output))), tar.view) if dropped else None
@@ -85,12 +86,11 @@ def rewrite(
                 sink.between(position, record.start)
             position = record.end
             sample = _sample(shard, tar.view, record, uid)
-            seen.append(sample.uid)
             tick = time.perf_counter()
             after = edit(sample)
             spent_editing += time.perf_counter() - tick
             digests, image = _digests(tar.view, record)
-            before.update(digests)
+            before.add(sample.uid, record.key, digests, (record.start, *image, record.end))
             if after is None:
                 counts.dropped += 1
                 if rest:
@@ -100,13 +100,13 @@ def rewrite(
             else:
                 counts.changed += 1
                 kept.changed(record, sample, after)
-        check_unique(seen, shard.path)
+        check_unique(before.uids, shard.path)
         for sink in sinks:
             sink.between(position, tar.size)
             sink.finish()
     kept.manifest.save(out, shard.name)
-    before.update(kept.manifest.between)
-    counts.read, counts.out, counts.input_sha256 = len(seen), len(kept.manifest.uids), before.hexdigest()
+    before.between = kept.manifest.between
+    counts.read, counts.out, counts.input_sha256 = len(before.uids), len(kept.manifest.uids), before.sha256
     counts.output_sha256, counts.output_bytes = kept.manifest.sha256, kept.written
     if rest and dropped:
         rest.manifest.save(dropped, shard.name)
@@ -119,12 +119,15 @@ def rewrite(
 def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, uid: UidRule) -> Counts:
     counts, clock = Counts(output=f"{name}.tar"), time.perf_counter()
     with whole(join(out, counts.output)) as file:
-        sink = _Sink(file, memoryview(b""))
+        sink, firsts = _Sink(file, memoryview(b"")), dict[str, str]()
         for shard, first, n in pieces:
             tar, position = Mapping(shard.path), 0
             sink.source = tar.view
             for i, record in enumerate(itertools.islice(records(shard.path, tar), first + n)):
                 if i >= first:
+                    if firsts.setdefault(record.key, record.parts[0][0]) != record.parts[0][0]:
+                        what = "repeats the key of another, but begins with another suffix: they would run together"
+                        raise InputError(f"{shard.path}: sample {record.key!r} {what}; refused")
                     sink.between(position, record.start)
                     digests, image = _digests(tar.view, record)
                     sink.record(record, _sample(shard, tar.view, record, uid).uid, digests, image)

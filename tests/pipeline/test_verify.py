@@ -4,6 +4,7 @@ import io
 import random
 import shutil
 import tarfile
+from array import array
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import pairs, write_tar
 from pipeline.dataset import read_dataset
 from pipeline.manifest import record
 from pipeline.shards import Shard, manifest, samples
+from pipeline.shards.manifest import read_manifest
 from pipeline.verify import NotIntact, verify
 
 
@@ -149,4 +151,26 @@ def test_a_check_goes_on_and_lists_everything(recorded, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(NotIntact):
         verify(str(recorded), out=str(tmp_path / "out"))
-    assert "3 of 3 shards are done already" in capsys.readouterr().err
+    assert "2 of 3 shards are done already" in capsys.readouterr().err  # what had problems is looked at again
+    write_tar(recorded / "00000000.tar", pairs(0, 20))
+    assert verify(str(recorded), out=str(tmp_path / "out")) == 0
+
+
+def test_every_problem_is_counted(tmp_path, capsys):
+    row = pairs(1, 2)[0]
+    write_tar(tmp_path / "0.tar", [{**row, "key": str(i), "meta": {}} for i in range(1100)])
+    record(str(tmp_path), str(tmp_path))
+    rebuilt(tmp_path / "0.tar", lambda members: [(i, c + b" ") for i, c in members])
+    said = broken(tmp_path, capsys)
+    assert "1,100 changed" in said
+    assert "and 1,080 more; with --out DIR, a table has up to 1,000 of each shard" in said
+
+
+def test_a_part_with_other_positions_is_no_part_of_the_dataset(recorded, capsys):
+    """The end blocks moved to the front: the same samples and bytes, but a tar that ends where it begins."""
+    path = recorded / "00000000.tar"
+    raw, known = path.read_bytes(), read_manifest(str(recorded), "00000000")
+    path.write_bytes(raw[-1024:] + raw[:-1024])
+    known._ranges = array("q", [edge + 1024 for edge in known._ranges])
+    known.save(str(recorded), "00000000")
+    assert "1 stale" in broken(recorded, capsys)
