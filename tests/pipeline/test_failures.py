@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -14,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.poison import poison
 from pipeline.shard_map import Job, ShardsFailed, shard_map
 from pipeline.shards import Counts, Shard, list_shards, rewrite, samples
-from pipeline.shards.store import whole
+from pipeline.shards.store import absolute, refuse_folder_of, whole
 from pipeline.status import status
 
 # functions of a test module are not importable by the workers
@@ -184,3 +185,43 @@ def test_a_pipe_or_an_endless_range_for_shards(tmp_path):
         list(samples(list_shards(str(tmp_path))[0]))
     with pytest.raises(InputError, match="more than 10,000,000 shards"):
         list_shards(str(tmp_path / "{0..99999999999}.tar"))
+
+
+def test_a_tolerated_failure_leaves_nothing_of_an_earlier_run(tars, tmp_path):
+    out = tmp_path / "out"
+    poison(str(tars), str(out), attack=PATCH, dose="30")
+    (tars / "00000001.tar").write_bytes((tars / "00000001.tar").read_bytes()[:3000])
+    poison(str(tars), str(out), attack=PATCH, dose="0", max_failed_shards=1)
+    assert sorted(contents(out)) == ["00000000.tar", "00000002.tar"]
+    assert not [p.name for p in out.glob("0*.ledger.parquet")]
+    assert not [p.name for p in out.glob("00000001*") if not p.name.endswith(".failed.txt")]
+
+
+def test_the_folder_of_the_input_is_refused_by_any_name(tars, tmp_path):
+    (tmp_path / "link").symlink_to(tars)
+    for name in (f"{tars}/", f"{tars}/../clean", str(tmp_path / "link")):
+        with pytest.raises(InputError, match="is the folder of the input"):
+            poison(str(tars), name, attack=PATCH, dose="1")
+    with pytest.raises(InputError, match="is the folder of the input"):
+        refuse_folder_of([Shard("s3://b/x/0.tar")], absolute("s3://b/x/"))
+
+
+def test_an_input_replaced_while_it_is_read_is_done_again(tars, tmp_path):
+    job = Job("replaced", {}, str(tmp_path / "out"))
+    shards = list_shards(str(tars))
+    shard_map(job, shards, _replaces)
+    markers = shard_map(job, shards, _copies)
+    assert [m["facts"].get("by") for m in markers] == ["copies"] * 3
+
+
+def _replaces(shard, out):
+    counts = rewrite(shard, out, lambda sample: sample)
+    with Path(shard.path).open("ab") as file:
+        file.write(bytes(512))
+    return counts
+
+
+def _copies(shard, out):
+    counts = rewrite(shard, out, lambda sample: sample)
+    counts.facts["by"] = "copies"
+    return counts
