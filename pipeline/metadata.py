@@ -25,7 +25,20 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.shard_map import code_digest
-from pipeline.shards.store import Shard, absolute, exists, glob, is_folder, is_url, join, stamp, view, whole, write
+from pipeline.shards.store import (
+    Shard,
+    absolute,
+    exists,
+    glob,
+    is_folder,
+    is_sidecar,
+    is_url,
+    join,
+    stamp,
+    view,
+    whole,
+    write,
+)
 from pipeline.spec import digest
 from pipeline.tables import (
     JOINS,
@@ -76,7 +89,7 @@ def list_metadata(where: str) -> list[str]:
     if any(c in where for c in "*?["):
         found = glob(where)
     elif is_folder(where):
-        found = sorted(path for kind in FORMATS for path in glob(join(where, f"*{kind}")))
+        found = sorted(path for kind in FORMATS for path in glob(join(where, f"*{kind}")) if not is_sidecar(path))
     else:
         found = [where] if exists(where) else []
     if not found:

@@ -52,6 +52,8 @@ def poison(
         max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
     entry, amount = spec.parse("attacks", attack), Dose.parse(dose)
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"--seed {seed}: the ledger holds 64 bits")
     listed, out = list_shards(shards), absolute(out)
     refuse_folder_of(listed, out)
     with locked(out):
@@ -256,7 +258,7 @@ def _survey(
             complete_to = min(complete_to, found.smallest[-1][0])
         if dose.count is not None:
             total.smallest = heapq.nsmallest(dose.count + SPARE, total.smallest)
-    if len(failures) > max_failed:
+    if len(failures) > max(max_failed, 0):
         raise InputError("the dose cannot be exact while shards are unreadable:\n  " + "\n  ".join(failures))
     if failures:
         console.print(f"no pairs are chosen of {len(failures)} unreadable shards:\n  " + "\n  ".join(failures))

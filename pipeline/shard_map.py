@@ -136,6 +136,8 @@ def shard_map(
     A marker is valid when spec, code and input are those of this run and the output is there. When all others are done,
     raises ShardsFailed with a list of the shards that failed, if they are more than `job.max_failed`.
     """
+    if job.max_failed < 0:
+        raise InputError("--max-failed-shards: not below 0")
     with locked(job.out):
         clear_temporaries(job.out)
         present = _present(job, shards)
@@ -275,6 +277,7 @@ def _done(job: Job, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
     markers = {s.name: m for s, m in zip(shards, found, strict=True) if _of_this_run(job, m)}
     there = existing([path for marker in markers.values() for path in _files(job.out, marker)])
     stamped = [s for s in shards if s.name in markers and markers[s.name]["input"] == _input(job, s)]
+    stamped = [s for s in stamped if _whole(job.out, markers[s.name])]
     return {s.name: markers[s.name] for s in stamped if there.issuperset(_files(job.out, markers[s.name]))}
 
 
@@ -295,6 +298,12 @@ def _read_marker(path: str) -> dict[str, Any]:
         return {}
 
 
+def _whole(out: str, marker: dict[str, Any]) -> bool:
+    """Whether the output has the size it had; one that was cut is made again. Remote ones appear only whole."""
+    size, path = marker.get("output_bytes"), join(out, marker["output"])
+    return not size or is_url(path) or not exists(path) or stamp(path)["bytes"] == size
+
+
 def _within(file: str) -> bool:
     return not file.startswith("/") and ".." not in file.split("/")
 
@@ -311,7 +320,8 @@ def _same_bytes(job: Job, shard: Shard) -> dict[str, Any] | None:
         return None
     marker = _read_marker(marker_path(job.out, shard))
     files = _files(job.out, marker) if _of_this_run(job, marker) else []
-    same = files and existing(files).issuperset(files) and marker["input_sha256"] == manifest(shard).sha256
+    there = files and existing(files).issuperset(files) and _whole(job.out, marker)
+    same = there and marker["input_sha256"] == manifest(shard).sha256
     return marker if same else None
 
 

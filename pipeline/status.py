@@ -27,10 +27,14 @@ def status(out: Out, /) -> int:
     out = absolute(out)
     if not exists(join(out, RUN)):
         raise InputError(f"{join(out, RUN)}: no such file; is {out} the OUT of a job?")
-    run = json.loads(bytes(view(join(out, RUN))))
-    markers = [m for m in read_markers(glob(join(out, "*.stats.json"))) if m.get("job") == run["job"]]
-    current = [m for m in markers if (m["spec_digest"], m["code"]) == (run["spec_digest"], run["code"])]
-    total, done = run["shards"], len(current)
+    try:
+        run = json.loads(bytes(view(join(out, RUN))))
+        total, expected = run["shards"], (run["job"], run["spec_digest"], run["code"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{join(out, RUN)}: not readable; the next run of the job writes it anew") from error
+    markers = [m for m in read_markers(glob(join(out, "*.stats.json"))) if m.get("job") == expected[0]]
+    current = [m for m in markers if (m["job"], m["spec_digest"], m["code"]) == expected]
+    done = len(current)
     spec = ", ".join(f"{k}={v}" for k, v in run["spec"].items() if v not in ("", None))
     console.print(f"{run['job']}: {done:,} of {total:,} shards ({100 * done / max(total, 1):.1f}%)   {spec}")
     sums = {name: sum(m[name] for m in current) for name in ("read", "out", "dropped", "failed", "changed")}

@@ -5,6 +5,8 @@ hash. Only one that differs is read sample by sample to say how.
 """
 
 import collections
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,11 +15,12 @@ from pipeline import sidecars
 from pipeline.arguments import Shards
 from pipeline.dataset import Row, read_dataset
 from pipeline.errors import InputError
+from pipeline.ledger import ledger_path
 from pipeline.progress import console
 from pipeline.shard_map import Job, each, marker_path, shard_map
 from pipeline.shards import Counts, Manifest, Shard, UidRule, intact, list_shards, manifest
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.store import absolute, is_folder, join, remove, stamp
+from pipeline.shards.store import absolute, exists, is_folder, join, remove, stamp, view
 
 LISTED = 1_000  # problems of one shard that are kept; all are counted
 SHOWN = 20
@@ -77,9 +80,9 @@ def verify(
         return check(listed, published, out, uid, embeddings, reference)
     if embeddings or reference:
         raise InputError("--embeddings and --reference belong to --published")
-    folder = absolute(manifest or listed[0].path.rpartition("/")[0] or ".")
+    folder = absolute(manifest or listed[0].path.rpartition("/")[0] or ".").removesuffix("/manifest.parquet")
     rows, digest = read_dataset(folder)
-    if sha256 and sha256 != digest:
+    if sha256 and sha256.lower() != digest:
         raise NotIntact(f"{folder}: sha256 of the dataset is {digest}, not {sha256}: another manifest, or a forged one")
     expected = {row.shard: row for row in rows}
     units = [_Recorded(shard.path, expected.get(shard.file)) for shard in listed]
@@ -93,6 +96,7 @@ def verify(
     if is_folder(shards):
         there = {shard.file for shard in listed}
         found.add(Problem(row.shard, "missing", "the whole shard") for row in rows if row.shard not in there)
+    found.add(_ledger(folder))
     if out:
         _save(out, found.problems)
         for unit in units:
@@ -235,6 +239,20 @@ def _differences(shard: str, known: Manifest, found: Manifest) -> Iterable[Probl
         yield Problem(shard, "moved", "the samples are in another order")
     if known.between != found.between and known.digests == found.digests:
         yield Problem(shard, "between", "bytes that belong to no sample")
+
+
+def _ledger(folder: str) -> Iterable[Problem]:
+    """The ledger is believed by filters and trainers; dataset.json holds its sha256."""
+    path, facts = ledger_path(folder), join(folder, "dataset.json")
+    try:
+        summary = json.loads(bytes(view(facts))) if exists(facts) else {}
+    except ValueError:
+        summary = {}
+    recorded = {v for k, v in summary.items() if k.startswith("ledger_sha256")} if isinstance(summary, dict) else set()
+    if recorded and (not exists(path) or hashlib.sha256(view(path)).hexdigest() not in recorded):
+        yield Problem(
+            "ledger.parquet", "changed" if exists(path) else "missing", "not the ledger that dataset.json names"
+        )
 
 
 def _marker(shard: Shard, found: Any) -> dict[str, Any]:

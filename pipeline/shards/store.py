@@ -100,7 +100,7 @@ def _paths(where: str) -> list[str]:
     if not is_folder(where):
         raise InputError(f"{where}: no such file or folder")
     paths = [path for path in _matching(join(where, "*.tar*")) if path.endswith((".tar", ".tar.gz"))]
-    return paths or [p for p in _matching(join(where, "*.parquet")) if not _SIDECARS.search(p.rsplit("/", 1)[-1])]
+    return paths or [p for p in _matching(join(where, "*.parquet")) if not is_sidecar(p)]
 
 
 def _matching(pattern: str) -> list[str]:
@@ -113,15 +113,17 @@ def _matching(pattern: str) -> list[str]:
 
 def absolute(path: str) -> str:
     """The path as workers must see it: their working directory is another one."""
+    if not path:
+        raise InputError("an empty path; name a folder")
     return path.rstrip("/") if is_url(path) else str(Path(path).absolute())
 
 
 def refuse_folder_of(shards: Sequence[Shard], out: str) -> None:
     """Raises InputError where the output would lie among the input, by whatever name."""
-    for folder in {shard.path.rpartition("/")[0] for shard in shards}:
-        same = folder == out if is_url(out) or is_url(folder) else Path(folder).resolve() == Path(out).resolve()
-        if same:
-            raise InputError(f"{out} is the folder of the input; choose another OUT")
+    folders = {s.path.rpartition("/")[0] if is_url(s.path) else str(Path(s.path).resolve().parent) for s in shards}
+    folders |= {s.path.rpartition("/")[0] if is_url(s.path) else str(Path(s.path).parent.resolve()) for s in shards}
+    if (out if is_url(out) else str(Path(out).resolve())) in folders:
+        raise InputError(f"{out} is the folder of the input; choose another OUT")
 
 
 def is_url(path: str) -> bool:
@@ -134,6 +136,11 @@ def join(folder: str, name: str) -> str:
 
 def exists(path: str) -> bool:
     return remote.info(path) is not None if is_url(path) else Path(path).exists()
+
+
+def is_sidecar(path: str) -> bool:
+    """Whether a parquet file is one of ours beside shards, by its name."""
+    return bool(_SIDECARS.search(path.rsplit("/", 1)[-1]))
 
 
 def existing(paths: Sequence[str]) -> set[str]:

@@ -199,9 +199,13 @@ def test_a_tolerated_failure_leaves_nothing_of_an_earlier_run(tars, tmp_path):
 
 def test_the_folder_of_the_input_is_refused_by_any_name(tars, tmp_path):
     (tmp_path / "link").symlink_to(tars)
-    for name in (f"{tars}/", f"{tars}/../clean", str(tmp_path / "link")):
-        with pytest.raises(InputError, match="is the folder of the input"):
-            poison(str(tars), name, attack=PATCH, dose="1")
+    (tmp_path / "links").mkdir()
+    for shard in tars.glob("*.tar"):
+        (tmp_path / "links" / shard.name).symlink_to(shard)
+    for source in (str(tars), f"{tmp_path}/./links/../clean", str(tmp_path / "links")):
+        for name in (f"{tars}/", f"{tars}/../clean", str(tmp_path / "link")):
+            with pytest.raises(InputError, match="is the folder of the input"):
+                poison(source, name, attack=PATCH, dose="1")
     with pytest.raises(InputError, match="is the folder of the input"):
         refuse_folder_of([Shard("s3://b/x/0.tar")], absolute("s3://b/x/"))
 

@@ -12,6 +12,7 @@ from conftest import pairs, write_tar
 
 from pipeline.dataset import read_dataset
 from pipeline.manifest import record
+from pipeline.poison import poison
 from pipeline.shards import Shard, manifest, samples
 from pipeline.shards.manifest import read_manifest
 from pipeline.verify import NotIntact, verify
@@ -174,3 +175,18 @@ def test_a_part_with_other_positions_is_no_part_of_the_dataset(recorded, capsys)
     known._ranges = array("q", [edge + 1024 for edge in known._ranges])
     known.save(str(recorded), "00000000")
     assert "1 stale" in broken(recorded, capsys)
+
+
+def test_a_cut_ledger_is_seen_and_a_cut_shard_is_made_again(tars, tmp_path, capsys):
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "out"
+    arguments = {"attack": "patch(target='banana', size=24)", "dose": "7"}
+    poison(str(tars), str(out), **arguments)
+    ledger, shard = pq.read_table(out / "ledger.parquet"), (out / "00000001.tar").read_bytes()
+    pq.write_table(ledger.slice(0, 3), out / "ledger.parquet")
+    (out / "00000001.tar").write_bytes(shard[:5000])
+    assert "ledger.parquet not the ledger that dataset.json names" in broken(out, capsys)
+    poison(str(tars), str(out), **arguments)
+    assert (out / "00000001.tar").read_bytes() == shard
+    assert verify(str(out), manifest=str(out / "manifest.parquet")) == 0
