@@ -60,6 +60,8 @@ def torment(folder: Path, kills: int, seed: int) -> dict[str, Any]:
                     there = len(list(out.glob("*.stats.json")))
                     middle += 0 < there < SHARDS
                     print(f"{sum(done.values())}: {victim}; {there} of {SHARDS} shards", file=sys.stderr, flush=True)
+            if not nodes.head_lives():
+                raise SystemExit("the head node is gone, which nobody killed")
             if driver.returncode == 0:
                 _check(expected, _contents(out))
                 finished += 1
@@ -77,7 +79,15 @@ class Nodes:
     def __enter__(self) -> "Nodes":
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        # A killed node refuses connections at once and is dead in three seconds; a slow one is only slow. With the
+        # settings that Ray has, a busy machine loses the head node, too.
+        health = {
+            "health_check_period_ms": 1_000,
+            "health_check_timeout_ms": 60_000,
+            "health_check_failure_threshold": 3,
+        }
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.second = self.cluster.add_node(num_cpus=1)
         self.cluster.wait_for_nodes()
         self.address = self.cluster.address
@@ -85,6 +95,9 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         self.cluster.shutdown()
+
+    def head_lives(self) -> bool:
+        return bool(self.cluster.head_node.remaining_processes_alive())
 
     def kill(self, victim: str, driver: int, rng: random.Random) -> bool:
         """SIGKILL one process; a killed node is replaced. False where there is none to kill."""
