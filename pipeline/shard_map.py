@@ -160,9 +160,8 @@ def shard_map(
                 else:
                     markers[shard.name] = result
                     result["spec"] = job.spec  # one for all: the driver holds every marker
-        except BaseException:
+        finally:  # of workers that were killed while others did their shards again
             clear_temporaries(job.out)
-            raise
     if failures:
         listed = "\n  ".join(failures)
         message = f"{len(failures)} of {len(shards)} shards failed:\n  {listed}"

@@ -125,7 +125,9 @@ def _dies_once(shard: Shard, out: str, folder: str) -> Counts:
 
     if not (flag := Path(folder) / shard.name).exists():
         flag.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        with whole(f"{out}/{shard.file}") as file:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
     return rewrite(shard, out, lambda sample: sample)
 
 
@@ -135,6 +137,7 @@ def test_a_lost_worker_is_replaced(tars, tmp_path):
     markers = shard_map(job, list_shards(str(tars)), _dies_once, str(tmp_path / "flags"))
     assert len(markers) == 3
     assert contents(tmp_path / "out") == contents(tars)
+    assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
