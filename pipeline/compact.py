@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shard_map import Job, each, locked, shard_map
 from pipeline.shards import Counts, Shard, UidRule, concatenate, list_shards, uids
+from pipeline.shards.manifest import read_manifest
 from pipeline.shards.store import absolute, join, refuse_folder_of, stamp
 
 _Piece = tuple[Shard, int, int]  # a shard, its first sample, how many
@@ -101,15 +102,12 @@ def _count(shard: Shard) -> Counts:
 
 
 def _make(output: Any, out: str, known: Any) -> Counts:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     counts = concatenate(output.pieces, out, output.name)
     counts.input_sha256 = _stamp(output)["tag"]
     counts.facts["files"].append(write_stats(out, output, counts.out))
     if known is not None:
-        here = known.filter(pc.is_in(known.column("uid"), pa.array(uids(Shard(join(out, counts.output))))))
-        if rows := [{**row, "shard": output.name} for row in here.to_pylist()]:
+        here = ledger.rows_of(known, read_manifest(out, output.name).uids)
+        if rows := [{**row, "shard": output.name} for row in here]:
             counts.facts["ledger"] = ledger.write_part(out, output, rows)
             counts.facts["files"].append(counts.facts["ledger"]["file"])
     return counts

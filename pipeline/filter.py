@@ -20,7 +20,7 @@ from pipeline.progress import console
 from pipeline.score import read_scores, scores_path
 from pipeline.shard_map import Job, check_made_from, locked, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
-from pipeline.shards.store import absolute, exists, join, make_folder, stamp, whole, write
+from pipeline.shards.store import absolute, existing, join, make_folder, stamp, whole, write
 
 AT_ONCE = 4_000_000  # uids sorted in memory
 
@@ -41,9 +41,9 @@ def filter_shards(
     listed, out, scores = list_shards(shards), absolute(out), absolute(scores)
     entry = spec.parse("policies", policy)
     paths = [scores_path(scores, shard.name) for shard in listed]
-    unscored = [path for path in paths if not exists(path)]
-    if len(unscored) <= max_failed_shards:
-        paths = [path for path in paths if path not in unscored]
+    there = existing(paths)
+    if len(paths) - len(there) <= max_failed_shards:
+        paths = [path for path in paths if path in there]
 
     def passes() -> Iterator[dict[str, np.ndarray]]:
         return map(read_scores, paths)
@@ -61,9 +61,11 @@ def _filter(
     make_folder(quarantine)
     known = ledger.known(shards)
     facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
-    there = [path for shard in shards if exists(path := scores_path(scores, shard.name))]
+    paths = [scores_path(scores, shard.name) for shard in shards]
+    there = existing(paths)
+    stamps = [stamp(path) for path in paths if path in there]
     facts["ledger"] = spec.digest(known.column("uid").to_pylist()) if known is not None else ""
-    job = Job("filter", {**facts, "scores": spec.digest([stamp(path) for path in there])}, out, max_failed)
+    job = Job("filter", {**facts, "scores": spec.digest(stamps)}, out, max_failed)
     markers = shard_map(job, shards, _Filter(policy, fitted, scores, uid), known)
     total, dropped = sum(m["read"] for m in markers), sum(m["dropped"] for m in markers)
     console.print(f"{dropped:,} of {total:,} pairs dropped by {spec.text(policy)}; they are in {quarantine}")
@@ -110,7 +112,6 @@ class _Filter:
 
     def __call__(self, shard: Shard, out: str, known: Any) -> Counts:
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         found = read_scores(scores_path(self.scores, shard.name))
         drops = dict(zip(found["uid"], self.policy.drops(found, self.fitted).tolist(), strict=True))
@@ -139,7 +140,7 @@ class _Filter:
         counts.output = f"kept/{shard.output}"
         counts.facts = {"files": [f"quarantine/{shard.output}", part, *stats, *manifests]}
         if known is not None:
-            here = known.filter(pc.is_in(known.column("uid"), pa.array(list(reasons)))).to_pylist()
+            here = ledger.rows_of(known, list(reasons))
             for folder in ("kept", "quarantine"):
                 if rows := [row for row in here if bool(reasons[row["uid"]]) == (folder == "quarantine")]:
                     counts.facts[folder] = ledger.write_part(join(out, folder), shard, rows)

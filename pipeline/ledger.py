@@ -48,6 +48,14 @@ def known(shards: Sequence[Shard]) -> Any:
     return pa.concat_tables(table.select(COLUMNS) for table in tables) if tables else None
 
 
+def rows_of(known: Any, uids: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a ledger about these uids."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return known.filter(pc.is_in(known.column("uid"), pa.array(uids, pa.string()))).to_pylist()
+
+
 def poisoned_uids(path: str) -> set[str]:
     return set(read(path).column("uid").to_pylist())
 

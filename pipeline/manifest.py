@@ -11,7 +11,7 @@ from pipeline.dataset import Row, save_manifest
 from pipeline.progress import console
 from pipeline.shard_map import Job, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest
-from pipeline.shards.manifest import manifest_path
+from pipeline.shards.manifest import manifest_file
 from pipeline.shards.sample import check_unique
 from pipeline.shards.store import absolute, stamp
 
@@ -42,8 +42,7 @@ class _Record:
         check_unique(found.uids, shard.path)
         found.save(out, shard.name)
         n, size = len(found.uids), stamp(shard.path)["bytes"]
-        file = manifest_path(out, shard.name).rpartition("/")[2]
-        return Counts(read=n, out=n, output=file, input_sha256=found.sha256, facts={"bytes": size})
+        return Counts(read=n, out=n, output=manifest_file(shard.name), input_sha256=found.sha256, facts={"bytes": size})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ groups are read in steps sized by what the footer declares, and only there a foo
 
 import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.npy import read_npy
 from pipeline.shard_map import code_digest
 from pipeline.shards.store import (
     Shard,
@@ -299,13 +299,12 @@ def write_join(path: str, parts: Sequence[np.ndarray]) -> None:
     """Save parts of uint64 [2, n], prefixes and their row numbers, as one in the order of both."""
     table = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
     with whole(path) as file:
-        np.save(file, table[:, np.lexsort((table[1], table[0]))], allow_pickle=False)
+        np.save(file, np.ascontiguousarray(table[:, np.lexsort((table[1], table[0]))]), allow_pickle=False)
 
 
 def lookup(path: str, wanted: np.ndarray) -> list[np.ndarray]:
     """For each of some prefixes the rows that share it, at most MAX_SAME; the file is mapped, not read."""
-    source = io.BytesIO(view(path)) if is_url(path) else None
-    table = np.load(source or path, mmap_mode=None if source else "r", allow_pickle=False)
+    table = read_npy(view(path), path)
     low, high = (np.searchsorted(table[0], wanted, side) for side in ("left", "right"))
     return [table[1, a : min(b, a + MAX_SAME)].astype(np.int64) for a, b in zip(low, high, strict=True)]
 

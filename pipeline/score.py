@@ -24,7 +24,7 @@ from pipeline.progress import console
 from pipeline.shard_map import Job, check_made_from, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest
 from pipeline.shards.sample import check_unique
-from pipeline.shards.store import absolute, exists, glob, join, stamp
+from pipeline.shards.store import absolute, existing, glob, join, stamp
 
 
 def score(
@@ -75,7 +75,8 @@ def score(
             )
     names = [spec.text(entry) for entry in entries]
     read = [embeddings_path(str(embeddings), shard.name) for shard in listed] if reference else []
-    read = [path for path in read if exists(path)]
+    there = existing(read)
+    read = [path for path in read if path in there]
     read += _trace_files(traces) if traces else []
     facts = {
         "detectors": names,

@@ -43,7 +43,7 @@ RUN = "run.json"  # what a folder is the output of, and of how many shards
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
 READERS = 16  # markers that are read at once
-_COUNTED = ("read", "out", "dropped", "failed", "changed")
+COUNTED = ("read", "out", "dropped", "failed", "changed")
 _held: set[str] = set()  # folders that this process has locked
 
 
@@ -276,8 +276,8 @@ def _done(job: Job, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
     markers = {s.name: m for s, m in zip(shards, found, strict=True) if _of_this_run(job, m)}
     there = existing([path for marker in markers.values() for path in _files(job.out, marker)])
     stamped = [s for s in shards if s.name in markers and markers[s.name]["input"] == _input(job, s)]
-    stamped = [s for s in stamped if _whole(job.out, markers[s.name])]
-    return {s.name: markers[s.name] for s in stamped if there.issuperset(_files(job.out, markers[s.name]))}
+    complete = [s.name for s in stamped if there.issuperset(_files(job.out, markers[s.name]))]
+    return {name: markers[name] for name in complete if _whole(job.out, markers[name])}
 
 
 def read_markers(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -289,7 +289,7 @@ def read_markers(paths: Sequence[str]) -> list[dict[str, Any]]:
 def _read_marker(path: str) -> dict[str, Any]:
     try:
         marker = json.loads(bytes(view(path)))
-        needed = ("job", "code", "spec_digest", "input_sha256", "output", "finished", *_COUNTED)
+        needed = ("job", "code", "spec_digest", "input_sha256", "output", "finished", *COUNTED)
         files = [marker["output"], *marker["facts"].get("files", ())]
         whole = all(name in marker for name in needed) and all(isinstance(f, str) and _within(f) for f in files)
         return marker if whole and marker["input"]["file"] else {}
@@ -298,9 +298,9 @@ def _read_marker(path: str) -> dict[str, Any]:
 
 
 def _whole(out: str, marker: dict[str, Any]) -> bool:
-    """Whether the output has the size it had; one that was cut is made again. Remote ones appear only whole."""
+    """Whether the output, which is there, has the size it had. Remote ones appear only whole."""
     size, path = marker.get("output_bytes"), join(out, marker["output"])
-    return not size or is_url(path) or not exists(path) or stamp(path)["bytes"] == size
+    return not size or is_url(path) or stamp(path)["bytes"] == size
 
 
 def _within(file: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.arguments import Out
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shard_map import RUN, read_markers
+from pipeline.shard_map import COUNTED, RUN, read_markers
 from pipeline.shards.store import absolute, exists, glob, is_url, join, view
 
 RECENT = 200  # shards that the rate is measured over
@@ -37,7 +37,7 @@ def status(out: Out, /) -> int:
     done = len(current)
     spec = ", ".join(f"{k}={v}" for k, v in run["spec"].items() if v not in ("", None))
     console.print(f"{run['job']}: {done:,} of {total:,} shards ({100 * done / max(total, 1):.1f}%)   {spec}")
-    sums = {name: sum(m[name] for m in current) for name in ("read", "out", "dropped", "failed", "changed")}
+    sums = {name: sum(m[name] for m in current) for name in COUNTED}
     console.print("  samples: " + ", ".join(f"{n:,} {name}" for name, n in sums.items() if n or name == "read"))
     if current:
         console.print("  " + _pace(current, total - done))

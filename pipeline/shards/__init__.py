@@ -7,12 +7,13 @@
 One rewriter serves poisoning and filtering alike: what an edit returns unchanged is copied as bytes, headers included.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.shards import parquet, tar
-from pipeline.shards.manifest import Manifest
-from pipeline.shards.sample import Counts, Rejected, Sample, UidRule
-from pipeline.shards.store import Shard, list_shards
+from pipeline.shards.manifest import Manifest, manifest_file
+from pipeline.shards.sample import Counts, Rejected, Sample, UidRule, check_unique
+from pipeline.shards.store import Shard, join, list_shards
 
 __all__ = [
     "Counts",
@@ -51,7 +52,7 @@ def rewrite(
     what happened, with both shards' sha256 as their manifests have it.
     """
     counts = _FORMATS[shard.format].rewrite(shard, out, edit, uid, dropped)
-    counts.facts["files"] = [f"{shard.name}.manifest.parquet"]
+    counts.facts["files"] = [manifest_file(shard.name)]
     return counts
 
 
@@ -60,8 +61,14 @@ def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, u
 
     All shards are of one format, and no uid may occur twice.
     """
-    counts = _FORMATS[pieces[0][0].format].concatenate(pieces, out, name, uid)
-    counts.facts["files"] = [f"{name}.manifest.parquet"]
+    form, clock = pieces[0][0].format, time.perf_counter()
+    counts = Counts(output=f"{name}.{form}")
+    made, counts.output_bytes = _FORMATS[form].concatenate(pieces, join(out, counts.output), uid)
+    check_unique(made.uids, join(out, counts.output))
+    made.save(out, name)
+    counts.read = counts.out = len(made.uids)
+    counts.output_sha256, counts.facts["files"] = made.sha256, [manifest_file(name)]
+    counts.seconds["write"] = time.perf_counter() - clock
     return counts
 
 

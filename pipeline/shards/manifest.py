@@ -67,8 +67,12 @@ class Manifest:
         sidecars.save(manifest_path(folder, shard_name), table.replace_schema_metadata(facts), compression="zstd")
 
 
+def manifest_file(shard_name: str) -> str:
+    return f"{shard_name}.manifest.parquet"
+
+
 def manifest_path(folder: str, shard_name: str) -> str:
-    return join(folder, f"{shard_name}.manifest.parquet")
+    return join(folder, manifest_file(shard_name))
 
 
 def read_manifest(folder: str, shard_name: str) -> Manifest:

@@ -102,9 +102,9 @@ def rewrite(
     return counts
 
 
-def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, uid: UidRule) -> Counts:
-    counts, started = Counts(output=f"{name}.parquet"), time.perf_counter()
-    with whole(join(out, counts.output)) as file:
+def concatenate(pieces: Sequence[tuple[Shard, int, int]], path: str, uid: UidRule) -> tuple[Manifest, int]:
+    """Returns the manifest of the file at `path`, and its bytes."""
+    with whole(path) as file:
         sink = _Sink(file, Reader(pieces[0][0]))
         for shard, first, n in pieces:
             reader, at = sink.turn_to(shard), 0
@@ -114,12 +114,7 @@ def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, u
                     sink.add(number, _decide(reader, number, lambda sample: sample, uid), keep, {})
                 at += group.rows
         sink.close()
-    check_unique(sink.manifest.uids, join(out, counts.output))
-    sink.manifest.save(out, name)
-    counts.read = counts.out = len(sink.manifest.uids)
-    counts.output_sha256, counts.output_bytes = sink.manifest.sha256, sink.written
-    counts.seconds["write"] = time.perf_counter() - started
-    return counts
+    return sink.manifest, sink.written
 
 
 @dataclass

@@ -120,10 +120,16 @@ def absolute(path: str) -> str:
 
 def refuse_folder_of(shards: Sequence[Shard], out: str) -> None:
     """Raises InputError where the output would lie among the input, by whatever name."""
-    folders = {s.path.rpartition("/")[0] if is_url(s.path) else str(Path(s.path).resolve().parent) for s in shards}
-    folders |= {s.path.rpartition("/")[0] if is_url(s.path) else str(Path(s.path).parent.resolve()) for s in shards}
-    if (out if is_url(out) else str(Path(out).resolve())) in folders:
+    folders = {shard.path.rpartition("/")[0] for shard in shards}
+    files = (Path(shard.path) for shard in shards if not is_url(shard.path))
+    folders |= {str(file.resolve().parent) for file in files if file.is_symlink()}
+    if _true(out) in map(_true, folders):
         raise InputError(f"{out} is the folder of the input; choose another OUT")
+
+
+def _true(folder: str) -> str:
+    """Its name without links and dots, by which two names of one folder are seen to be that."""
+    return folder if is_url(folder) else str(Path(folder).resolve())
 
 
 def is_url(path: str) -> bool:

@@ -116,9 +116,9 @@ def rewrite(
     return counts
 
 
-def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, uid: UidRule) -> Counts:
-    counts, clock = Counts(output=f"{name}.tar"), time.perf_counter()
-    with whole(join(out, counts.output)) as file:
+def concatenate(pieces: Sequence[tuple[Shard, int, int]], path: str, uid: UidRule) -> tuple[Manifest, int]:
+    """Returns the manifest of the tar at `path`, and its bytes."""
+    with whole(path) as file:
         sink, firsts = _Sink(file, memoryview(b"")), dict[str, str]()
         for shard, first, n in pieces:
             tar, position = Mapping(shard.path), 0
@@ -137,12 +137,7 @@ def concatenate(pieces: Sequence[tuple[Shard, int, int]], out: str, name: str, u
         sink.source = memoryview(bytes(end))
         sink.between(0, end)
         sink.finish()
-    check_unique(sink.manifest.uids, join(out, counts.output))
-    sink.manifest.save(out, name)
-    counts.read = counts.out = len(sink.manifest.uids)
-    counts.output_sha256, counts.output_bytes = sink.manifest.sha256, sink.written
-    counts.seconds["write"] = time.perf_counter() - clock
-    return counts
+    return sink.manifest, sink.written
 
 
 class _Sink:
