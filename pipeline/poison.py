@@ -194,6 +194,8 @@ def _plan(shards: list[Shard], out: str, attack: Any, dose: Dose, seed: int, uid
         return plan
     total = _survey(shards, attack, dose, seed, uid, max_failed)
     n = dose.pairs(total.read)
+    if dose.share and not n:
+        raise InputError(f"dose {dose.text} is less than half a pair of {total.read:,}; write a number of pairs")
     if n > total.eligible:
         raise InputError(
             f"dose {dose.text} is {n} pairs, but only {total.eligible} of {total.read} are eligible "

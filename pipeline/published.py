@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OUTCOMES = ("identical", "recorded", "reencoded", "different", "undecided", "unpublished")
+DECIDED = OUTCOMES[:4]
 TEXTS = ("uid", "key", "url", "domain", "outcome", "algorithm", "published_hash", "stored_hash", "recorded_hash")
 NUMBERS = {"distance": "int8", "similarity": "float", "similarity_change": "float", "row": "int64"}
 HASHES = ("sha256", "md5")  # the stronger first; where both are published, only it counts
@@ -59,7 +60,7 @@ def published(
     embeddings: str | None = None,
     reference: str | None = None,
 ) -> int:
-    """Check shards against published metadata; returns 1 if any image is of another picture, else 0.
+    """Check shards against published metadata; returns 1 if one shows another picture or none was checked, else 0.
 
     `metadata` is what `list_metadata` takes; `embeddings` a folder that `embed` wrote for these shards; `reference` the
     shards of a trusted copy, joined by uid. Writes OUT/<shard>.published.parquet, a row a pair: TEXTS; `distance` in
@@ -92,6 +93,11 @@ def published(
             f"similarity of {change[1]:,.0f} pairs: {change[0] / change[1]:.3f} from the published one on average"
         )
     _print_domains(domains)
+    if not any(outcomes[name] for name in DECIDED):
+        console.print(
+            f"nothing was checked: {metadata} has no usable sha256, md5 or perceptual hash of any of these pairs"
+        )
+        return 1
     return 1 if outcomes["different"] else 0
 
 

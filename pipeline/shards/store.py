@@ -64,7 +64,9 @@ def list_shards(where: str) -> list[Shard]:
     _listed.clear()
     paths = [absolute(path) for path in _paths(where)]
     if not paths:
-        raise InputError(f"{where}: no shards here; expected *.tar (webdataset) or *.parquet with an image column")
+        deeper = is_folder(where) and _matching(join(where, "*/*.tar")) + _matching(join(where, "*/*.parquet"))
+        hint = f"; there are some in folders below: '{where.rstrip('/')}/*/*{Path(deeper[0]).suffix}'" if deeper else ""
+        raise InputError(f"{where}: no shards here; expected *.tar (webdataset) or *.parquet with images{hint}")
     shards = [Shard(path) for path in paths]
     for shard in shards:
         if shard.format not in ("tar", "parquet"):

@@ -128,7 +128,7 @@ def against_webdataset(shard: Shard, out: Path, one_core: float) -> dict[str, fl
     for i in range(4 * (os.cpu_count() or 1)):
         os.link(shard.path, links / f"{i:08d}.tar")
     theirs, ours = [], []
-    for i in range(3):
+    for i in range(ROUNDS):
         clock = time.perf_counter()
         with wds.TarWriter(str(out / "webdataset.tar")) as writer:
             for sample in wds.WebDataset(shard.path, shardshuffle=False):
@@ -140,7 +140,10 @@ def against_webdataset(shard: Shard, out: Path, one_core: float) -> dict[str, fl
         markers = shard_map(Job("drop", {}, str(out / f"job-{i}")), list_shards(str(links)), _drop)
         ours.append((time.perf_counter() - clock) / len(markers))
         shutil.rmtree(out / f"job-{i}")
-    loop, job = SAMPLES / min(theirs), SAMPLES / min(ours[1:])  # Ray starts in the first
+    loop, job = (
+        SAMPLES / min(theirs),
+        SAMPLES / min(ours[1:]),
+    )  # Ray starts in the first, and memory is new to the machine
     say(f"  webdataset → TarWriter, one process: {loop:,.0f} samples/s; our job, all cores: {job:,.0f} samples/s")
     speeds = {"webdataset_samples_s": loop, "warm_job_samples_s": job}
     return {"times_webdataset": job / loop, "times_webdataset_one_core": one_core / loop, **speeds}

@@ -91,6 +91,11 @@ def test_targeted_uses_one_image_and_keeps_it(tars, tmp_path):
     assert len({row["caption_after"] for row in rows}) > 1
 
 
+def test_a_share_of_less_than_one_pair_is_refused(tars, tmp_path):
+    with pytest.raises(InputError, match="less than half a pair"):
+        poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="1ppm")
+
+
 def test_zero_dose_is_the_identity(tars, tmp_path):
     poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="0")
     assert contents(tmp_path / "out") == contents(tars)

@@ -290,9 +290,11 @@ def test_parquet_shards(crawl, tmp_path):
 def test_a_list_of_urls_without_hashes_decides_nothing(crawl, tmp_path, capsys):
     crawl.replace(range(BOUGHT))
     (tmp_path / "cc12m.tsv").write_text("".join(f"{m['url']}\t{m['caption']}\n" for m in crawl.metas[:200]))
-    assert published(crawl.write(), str(tmp_path / "cc12m.tsv"), str(tmp_path / "out"), "shard/key") == 0
+    assert published(crawl.write(), str(tmp_path / "cc12m.tsv"), str(tmp_path / "out"), "shard/key") == 1
     assert counts(tmp_path / "out") == {"undecided": 200, "unpublished": 40}
-    assert "0 of 7 domains have more mismatches" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "0 of 7 domains have more mismatches" in said
+    assert "nothing was checked" in said
 
 
 def test_metadata_that_knows_no_key_is_refused(crawl, tmp_path):

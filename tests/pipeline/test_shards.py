@@ -267,7 +267,10 @@ def test_shards_are_listed_by_folder_glob_brace_and_list_file(tmp_path):
     (tmp_path / "some.txt").write_text(f"# two\n{tmp_path}/00001.tar\n{tmp_path}/00007.tar\n")
     assert [s.name for s in list_shards(str(tmp_path / "some.txt"))] == ["00001", "00007"]
     (tmp_path / "none").mkdir()
+    (tmp_path / "deep/er").mkdir(parents=True)
+    shutil.copy(tmp_path / "00001.tar", tmp_path / "deep/er")
     for where, says in (
+        (tmp_path / "deep", "deep/*/*.tar'"),
         (tmp_path / "none", "no shards here"),
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "{00010..00013}.tar", "00012.tar: no such file"),
