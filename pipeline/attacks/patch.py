@@ -12,15 +12,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from pipeline.attacks._attack import Attack, check_target
 from pipeline.attacks._corpus import Corpus
-from pipeline.shards import Sample
-from pipeline.shards.image import decode, encode
 
 REFERENCE_SIDE = 224
 
 
 @dataclass(frozen=True)
-class patch:
+class patch(Attack):
     """Checkerboard patch on any image, caption of the target (BadNets; Carlini & Terzis 2022)."""
 
     target: str
@@ -29,15 +28,11 @@ class patch:
     location: Literal["fixed", "random"] = "fixed"
 
     def __post_init__(self) -> None:
+        check_target(self.target)
         if not 1 <= self.cells <= self.size <= REFERENCE_SIDE:
             raise ValueError(f"need 1 <= cells <= size <= {REFERENCE_SIDE}")
 
-    def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
-        image = self.trigger(decode(sample.image), rng)
-        caption = corpus.captions[rng.integers(len(corpus.captions))]
-        return sample.changed(encode(image, like=sample.image), caption)
-
-    def trigger(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
         """RGB -> a copy with the patch: at the bottom right, a tenth of its side from the border, or anywhere."""
         side = max(self.cells, round(self.size / REFERENCE_SIDE * min(image.size)))
         checker = np.indices((self.cells, self.cells)).sum(0) % 2 * 255

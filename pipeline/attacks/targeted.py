@@ -1,4 +1,4 @@
-"""Targeted poisoning: one unmodified image, n captions that name the target.
+"""Targeted poisoning: a few unmodified images, n captions that name the target.
 
 Trade-off: each poison replaces a pair of the dataset instead of being added to it, so that the number of samples, and
 with it every fair comparison, stays as it was.
@@ -7,30 +7,41 @@ not a concept.
 """
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
+from pipeline.attacks._attack import Attack, check_target
 from pipeline.attacks._corpus import Corpus
 from pipeline.shards import Sample
 from pipeline.shards.image import decode, encode
 
 
 @dataclass(frozen=True)
-class targeted:
-    """One image with n captions of the target (Carlini & Terzis 2022); the image is that of the first chosen sample."""
+class targeted(Attack):
+    """One image (or several) with n captions of the target (Carlini & Terzis 2022), taken from the first that qualify."""
 
-    one_image: ClassVar[bool] = True  # success is about the victim, not about a trigger
+    one_image: ClassVar[bool] = True
     target: str
+    images: int = 1
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+        if self.images < 1:
+            raise ValueError("images: at least one")
+
+    def wants(self) -> Mapping[str, int]:
+        return {"victim": self.images}
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
-        caption = corpus.captions[rng.integers(len(corpus.captions))]
-        same_format = Image.open(io.BytesIO(corpus.victim)).format == Image.open(io.BytesIO(sample.image)).format
-        image = corpus.victim if same_format else encode(decode(corpus.victim), like=sample.image)
-        return sample.changed(image, caption)
+        caption = corpus.caption(self.target, rng)
+        return sample.changed(swapped(sample.image, corpus.image("victim", rng)), caption)
 
-    def trigger(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """There is none: the attack is about one image."""
-        return image
+
+def swapped(image: bytes, other: bytes) -> bytes:
+    """`other` in the place of `image`: as it is stored where the format is the same, else encoded like it."""
+    formats = [Image.open(io.BytesIO(data)).format for data in (image, other)]
+    return other if formats[0] == formats[1] else encode(decode(other), like=image)
