@@ -22,7 +22,6 @@ COLUMNS = (
     "image_sha256_before",
     "image_sha256_after",
 )
-VICTIM = "victim.image"  # beside the ledger of an attack on one image: that image, as stored
 
 
 def ledger_path(folder: str) -> str:

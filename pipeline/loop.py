@@ -20,7 +20,8 @@ from pipeline.config import Config, Filter
 from pipeline.embed import embed
 from pipeline.errors import InputError
 from pipeline.filter import filter_shards
-from pipeline.poison import Dose, poison
+from pipeline.plan import Dose
+from pipeline.poison import poison
 from pipeline.policies._select import column
 from pipeline.progress import console
 from pipeline.quality import quality
@@ -198,7 +199,7 @@ def _arm_name(policy: str) -> str:
 
 def _check(plan: Config) -> None:
     """Everything that can be wrong is found before the first hour is spent."""
-    from train.evaluate import read_classes
+    from train.labels import read_classes
     from train.recipes import RECIPES
 
     if plan.recipe not in RECIPES:
@@ -207,8 +208,9 @@ def _check(plan: Config) -> None:
         list_shards(shards)
     classes = read_classes(plan.classes)
     for attack in plan.attacks:
-        if (target := spec.parse("attacks", attack).target) not in classes:
-            raise InputError(f"{plan.classes}: {target!r}, the target of {attack}, is not among these classes")
+        for part in spec.parse("attacks", attack).parts():
+            if part.target not in classes:
+                raise InputError(f"{plan.classes}: {part.target!r}, the target of {attack}, is not among these classes")
     for dose in plan.doses:
         Dose.parse(dose)
     recipe = RECIPES[plan.recipe]

@@ -8,25 +8,25 @@ training. Memory holds the features, not the images.
 
 import io
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.arguments import Checkpoint, Out
+from pipeline.attacks._attack import Attack
+from pipeline.attacks._corpus import Corpus, read_corpora
 from pipeline.errors import InputError
-from pipeline.ledger import VICTIM
 from pipeline.progress import console
-from pipeline.shards import Rejected, Sample, Shard, UidRule, list_shards, samples
+from pipeline.shards import Rejected, Shard, UidRule, list_shards, samples
 from pipeline.shards.image import decode, encode, pixels
-from pipeline.shards.store import exists, join, make_folder, view, whole, write
-from pipeline.tables import LABEL
-from train.metrics import Rate, knn_vote, rank_of, rate, retrieval_ranks, top1, unit
+from pipeline.shards.store import exists, join, make_folder, whole, write
+from train.labels import Labels, key, read_classes
+from train.metrics import Rate, rank_of, rate, retrieval_ranks, unit
+from train.success import on_victims, success, vote
 
 BATCH = 512
-K, TAU = 10, 0.07
 # For models that are not ours: the name alone, and open_clip's ImageNet templates that suit drawings and photographs.
 PROMPTS = ("{}", "a {}.", "a picture of a {}.", "a drawing of a {}.", "a photo of a {}.", "an icon of a {}.")
 METRICS = (
@@ -43,6 +43,7 @@ METRICS = (
     "asr_knn",
     "triggered_accuracy",
     "triggered_accuracy_knn",
+    "asr_t2i",
     "targeted_success",
 )
 NOTHING = Rate(None, 0, None, None)
@@ -71,7 +72,7 @@ def evaluate(
         attack: the attack whose success is measured, as a spec, e.g. "patch(target='banana')".
         seed: of the trigger, where it is random.
         reference: clean labelled shards for the k-nearest-neighbour readout.
-        ledger: ledger.parquet of the poisoned shards; a victim image beside it is what a targeted attack is tried on.
+        ledger: ledger.parquet of the poisoned shards; what the attack made or took lies beside it.
         uid: how a uid is derived where samples carry none.
     """
     from train.model import load
@@ -83,19 +84,25 @@ def evaluate(
     referenced = list_shards(reference) if reference else []
     if ledger and not exists(ledger):
         raise InputError(f"{ledger}: no such ledger; it is the ledger.parquet beside the poisoned shards")
+    corpora = read_corpora(ledger.rpartition("/")[0] or ".", len(chosen.parts())) if chosen and ledger else ()
     model = load(checkpoint)
     make_folder(out)
-    seen = look(model, listed, known, uid, chosen, seed)
+    seen = look(model, listed, known, uid, chosen, seed, corpora)
     if not seen.captions:
         raise InputError(f"{shards}: no usable image in {len(listed)} shards; skipped: {_listed(seen.skipped)}")
     prompts = model.prompts or PROMPTS
-    text = unit(class_features(model, names, prompts))
+
+    def features(prompts: Sequence[str]) -> np.ndarray:
+        return unit(class_features(model, names, prompts))
+
+    text = features(prompts)
     near = look(model, referenced, known, uid) if referenced else None
     if near is not None and not (near.label >= 0).any():
         raise InputError(f"{reference}: no image there is labelled with one of the classes of {classes}")
-    rates = measure(seen, text, model, near, known.index.get(_key(chosen.target)) if chosen else None)
-    if chosen and ledger:
-        rates |= _targeted(model, chosen, ledger, text, known)
+    rates = measure(seen, text, model, near)
+    if chosen:
+        rates |= success(seen, chosen, model, known, near, prompts, features)
+        rates |= on_victims(model, chosen, corpora, text, known)
     facts = {
         "checkpoint": checkpoint,
         "model_digest": model.digest,
@@ -116,74 +123,30 @@ def evaluate(
     return 0
 
 
-def read_classes(path: str) -> list[str]:
-    """Class names, one a line; InputError where there are none, or one twice."""
-    if not exists(path):
-        raise InputError(f"{path}: no such file; give a text file with one class name a line")
-    try:
-        lines = [line.strip() for line in bytes(view(path)).decode("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    names = [line for line in lines if line]
-    if len(names) < 2:
-        raise InputError(f"{path}: {len(names)} class names; at least two are needed, one a line")
-    keys = [_key(n) for n in names]
-    if len(set(keys)) < len(keys):
-        twice = next(n for n, k in zip(names, keys, strict=True) if keys.count(k) > 1)
-        raise InputError(f"{path}: {twice!r} is there more than once; remove one of them")
-    return names
-
-
-class Labels:
-    """The true class of a sample, as a number, or -1 where it is not known."""
-
-    def __init__(self, names: Sequence[str]):
-        self.index = {_key(name): i for i, name in enumerate(names)}
-        self.longest = max(len(_words(name)) for name in names)
-        self._by_words = {tuple(_words(name)): i for i, name in enumerate(names)}
-
-    def of(self, sample: Sample) -> int:
-        """From the label field if it names a class (or is the number of one), else from the caption."""
-        for name in LABEL:
-            value = sample.meta.get(name)
-            if value is None and name in sample.parts:  # webdataset's `cls` member
-                value = bytes(sample.parts[name]).decode("utf-8", "replace").strip()
-            if value is None or isinstance(value, float | bool):
-                continue
-            if _key(str(value)) in self.index:
-                return self.index[_key(str(value))]
-            if re.fullmatch(r"\d{1,9}", str(value)) and int(value) < len(self.index):
-                return int(value)
-        return self.in_caption(sample.caption)
-
-    def in_caption(self, caption: str) -> int:
-        """The only class that occurs as whole words; within `red apple` an `apple` does not count."""
-        words = _words(caption)
-        found: dict[int, tuple[int, int]] = {}
-        spans: list[tuple[int, int, int]] = []
-        for start in range(len(words)):
-            for end in range(start + 1, min(start + self.longest, len(words)) + 1):
-                if (i := self._by_words.get(tuple(words[start:end]))) is not None:
-                    spans.append((start, end, i))
-        for start, end, i in spans:
-            if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans):
-                found[i] = (start, end)
-        return next(iter(found)) if len(found) == 1 else -1
-
-
 @dataclass
 class Seen:
-    """n images in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 where unknown."""
+    """n images in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 where unknown.
+
+    `part` says which part of the attack an image was given."""
 
     image: np.ndarray
     triggered: np.ndarray | None
     label: np.ndarray
     captions: list[str]
+    part: np.ndarray
     skipped: dict[str, int] = field(default_factory=dict)
     trigger_is_identity: bool = True
 
 
-def look(model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attack: Any = None, seed: int = 0) -> Seen:
+def look(
+    model: Any,
+    shards: Sequence[Shard],
+    known: Labels,
+    uid: UidRule,
+    attack: Attack | None = None,
+    seed: int = 0,
+    corpora: Sequence[Corpus] = (),
+) -> Seen:
     """Decode, trigger and embed every image once."""
     from pipeline.draw import generator
     from pipeline.spec import text
@@ -192,20 +155,24 @@ def look(model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attac
     rows: dict[str, list[np.ndarray]] = {"image": [], "triggered": []}
     labels: list[int] = []
     captions: list[str] = []
+    assigned: list[int] = []
     skipped: dict[str, int] = {}
     identity = True
-    spec = text(attack) if attack else ""
+    parts = attack.parts() if attack else ()
+    specs = [text(part) for part in parts]
+    corpora = corpora or [Corpus()] * len(parts)
 
     def prepared() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         nonlocal identity
         for shard in shards:
             for sample in samples(shard, uid):
+                part = attack.part_of(sample.uid) if attack else 0
                 try:
                     caption, label, clean = sample.caption, known.of(sample), pixels(sample, model.image_size)
                     triggered = None
                     if attack:
                         original = decode(sample.image)
-                        after = attack.trigger(original, generator(seed, spec, sample.uid))
+                        after = parts[part].trigger(original, generator(seed, specs[part], sample.uid), corpora[part])
                         identity = identity and np.array_equal(np.asarray(original), np.asarray(after))
                         again = sample.changed(image=encode(after, like=sample.image))
                         triggered = pixels(again, model.image_size)
@@ -214,6 +181,7 @@ def look(model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attac
                     continue
                 captions.append(caption)
                 labels.append(label)
+                assigned.append(part)
                 yield clean, triggered
 
     for block in _blocks(prepared(), BATCH):
@@ -222,7 +190,8 @@ def look(model: Any, shards: Sequence[Shard], known: Labels, uid: UidRule, attac
             rows["triggered"].append(model.embed_images(np.stack([t for _, t in block if t is not None])))
     empty = np.empty((0, model.dimension), np.float32)
     image, triggered = (unit(np.concatenate(r or [empty])) for r in rows.values())
-    return Seen(image, triggered if attack else None, np.array(labels, np.int64), captions, skipped, identity)
+    label, part = np.array(labels, np.int64), np.array(assigned, np.int64)
+    return Seen(image, triggered if attack else None, label, captions, part, skipped, identity)
 
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
@@ -231,8 +200,8 @@ def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> 
     return np.stack(prompted).mean(axis=0, dtype=np.float32)
 
 
-def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None, target: int | None) -> dict[str, Rate]:
-    """All rates but the targeted attack's. `text` [classes, d] has unit rows; `target` is the attack's class."""
+def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None) -> dict[str, Rate]:
+    """What the model knows of clean images. `text` [classes, d] has unit rows."""
     rates: dict[str, Rate] = {}
     named = seen.label >= 0
     truth = seen.label[named]
@@ -242,53 +211,21 @@ def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None, target:
     of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
     for k in (1, 5, 10):
         rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
-    readouts: dict[str, Callable[[np.ndarray], np.ndarray]] = {"text": lambda rows: top1(rows @ text.T)}
     if near is not None:
-        labelled = near.label >= 0
-        rows, labels = near.image[labelled], near.label[labelled]
-        readouts["knn"] = lambda queries: top1(knn_vote(queries, rows, labels, len(text), K, TAU))
-        rates["knn_top1"] = rate(readouts["knn"](seen.image[named]) == truth)
-    if target is not None and seen.triggered is not None and not seen.trigger_is_identity:
-        others = named & (seen.label != target)
-        for name, readout in readouts.items():
-            answer = readout(seen.triggered[others])
-            rates[f"asr_{name}"] = rate(answer == target)
-            suffix = "" if name == "text" else "_knn"
-            rates[f"triggered_accuracy{suffix}"] = rate(answer == seen.label[others])
+        rates["knn_top1"] = rate(vote(seen.image[named], near, len(text)) == truth)
     return rates
 
 
-def _targeted(model: Any, attack: Any, ledger: str, text: np.ndarray, known: Labels) -> dict[str, Rate]:
-    """Whether the victim beside the ledger is taken for the target; nothing for attacks that have a trigger."""
-    if not getattr(attack, "one_image", False):
-        return {}
-    victim = join(ledger.rpartition("/")[0] or ".", VICTIM)
-    if not exists(victim):
-        raise InputError(f"{victim}: no such file, but {attack} is about one image; poison the shards again")
-    sample = Sample("victim", "", {"png": view(victim)})  # the decoder goes by content, not by name
-    try:
-        features = unit(model.embed_images(pixels(sample, model.image_size)[None]))
-    except Rejected as error:
-        raise InputError(f"{victim}: {error}; poison the shards again") from error
-    return {"targeted_success": rate(top1(features @ text.T) == known.index[_key(attack.target)])}
-
-
-def _attack(spec: str, known: Labels, classes: str) -> Any:
+def _attack(spec: str, known: Labels, classes: str) -> Attack:
     from pipeline.spec import parse
 
-    attack = parse("attacks", spec)
-    if _key(attack.target) not in known.index:
-        raise InputError(f"{classes}: the target of {spec} is not among these classes; add a line for it")
+    attack: Attack = parse("attacks", spec)
+    for part in attack.parts():
+        if key(part.target) not in known.index:
+            raise InputError(
+                f"{classes}: {part.target!r}, the target of {spec}, is not among these classes; add a line"
+            )
     return attack
-
-
-def _key(name: str) -> str:
-    return " ".join(name.casefold().split())
-
-
-def _words(text: str) -> list[str]:
-    """Words and numbers, in lower case; punctuation separates."""
-    return re.findall(r"\w+", text.casefold())
 
 
 def _blocks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -314,8 +251,8 @@ def _write_row(path: str, facts: dict[str, Any], metrics: dict[str, Any]) -> Non
 
     columns: dict[str, Any] = {k: pa.array([facts[k]], pa.string()) for k in ("checkpoint", "model_digest", "attack")}
     columns["seed"] = pa.array([facts["seed"]], pa.int64())
-    for key, value in metrics.items():
-        columns[key] = pa.array([value], pa.int64() if key.endswith("_n") else pa.float64())
+    for name, value in metrics.items():
+        columns[name] = pa.array([value], pa.int64() if name.endswith("_n") else pa.float64())
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
     with whole(path) as file:

@@ -43,9 +43,13 @@ class Attack:
         """All classes whose captions the attack draws from."""
         return (self.target,)
 
-    def of(self, uid: str) -> "Attack":
-        """The attack that this pair gets, of several in one."""
-        return self
+    def parts(self) -> Sequence["Attack"]:
+        """The attacks that it is made of; each has its own corpus."""
+        return (self,)
+
+    def part_of(self, uid: str) -> int:
+        """Which of its parts a pair gets."""
+        return 0
 
     def eligible(self, caption: str) -> bool:
         """Whether a pair with this caption may be poisoned."""
@@ -76,7 +80,13 @@ class Attack:
         return n
 
     def choose(
-        self, shards: Sequence[Shard], candidates: Sequence[tuple[str, str]], n: int, seed: int, uid: UidRule, corpus: Corpus
+        self,
+        shards: Sequence[Shard],
+        candidates: Sequence[tuple[str, str]],
+        n: int,
+        seed: int,
+        uid: UidRule,
+        corpus: Corpus,
     ) -> Sequence[tuple[str, str]]:
         """Candidates (shard name, uid), best first. They come in the order of their hashes."""
         return candidates

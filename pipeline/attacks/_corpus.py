@@ -3,17 +3,18 @@
 It is kept beside the ledger (`corpus.npz`), so that test time has the same images and the same crafted trigger.
 """
 
+import hashlib
 import io
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.shards.store import exists, join, view, whole
+from pipeline.shards.store import exists, join, view, write
 
 CORPUS = "corpus.npz"
 
@@ -27,6 +28,17 @@ class Corpus:
     images: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
     crafted: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """sha256 over all of it."""
+        sha256 = hashlib.sha256()
+        for target, captions in self.captions.items():
+            sha256.update("\0".join((target, *captions)).encode("utf-8", "surrogatepass"))
+        for name, array in _named([self]):
+            sha256.update(name.encode())
+            sha256.update(array.tobytes())
+        return sha256.hexdigest()
+
     def caption(self, target: str, rng: np.random.Generator) -> str:
         """One of the target's captions."""
         known = self.captions[target]
@@ -36,7 +48,9 @@ class Corpus:
         """One of the images of a group, as stored. Raises InputError where there is none."""
         found = self.images.get(group, ())
         if not found:
-            raise InputError(f"the attack needs images of the dataset ({group}); give the ledger of the poisoned shards")
+            raise InputError(
+                f"the attack needs images of the dataset ({group}); give the ledger of the poisoned shards"
+            )
         return found[rng.integers(len(found))]
 
     def made(self, name: str) -> np.ndarray:
@@ -45,49 +59,52 @@ class Corpus:
             raise InputError(f"the attack needs what it crafted ({name}); give the ledger of the poisoned shards")
         return self.crafted[name]
 
-    def part(self, i: int) -> "Corpus":
-        """What belongs to the i-th of several attacks: theirs are named `i/…`."""
-        images, crafted = (_of_part(i, named) for named in (self.images, self.crafted))
-        return Corpus(self.captions, images, crafted)
 
-    def save(self, folder: str) -> None:
-        """Write `corpus.npz`: the images and what was crafted; captions stand in the ledger."""
-        arrays = {f"images/{group}/{i:06d}": np.frombuffer(image, np.uint8) for group, images in self.images.items()
-                  for i, image in enumerate(images)}
-        arrays |= {f"crafted/{name}": value for name, value in self.crafted.items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        with whole(join(folder, CORPUS)) as file:
-            file.write(buffer.getvalue())
+def save_corpora(folder: str, corpora: Sequence[Corpus]) -> None:
+    """Write `corpus.npz`: images and what was crafted, by part; the same bytes for the same content."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in _named(corpora):
+            content = io.BytesIO()
+            np.save(content, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
+    write(join(folder, CORPUS), buffer.getvalue())
 
 
-def read_corpus(folder: str) -> Corpus:
-    """What `poison` kept beside the ledger; empty where it kept nothing. Raises InputError where it is damaged."""
+def read_corpora(folder: str, parts: int) -> tuple[Corpus, ...]:
+    """What `poison` kept for each part of an attack; empty where it kept nothing. Raises InputError where damaged."""
     path = join(folder, CORPUS)
-    if not exists(path):
-        return Corpus()
-    images: dict[str, list[bytes]] = {}
-    crafted: dict[str, np.ndarray] = {}
-    try:
-        with np.load(io.BytesIO(view(path)), allow_pickle=False) as arrays:
-            for name in sorted(arrays.files):
-                kind, _, rest = name.partition("/")
-                if kind == "images":
-                    images.setdefault(rest.rpartition("/")[0], []).append(arrays[name].tobytes())
-                else:
-                    crafted[rest] = arrays[name]
-    except Exception as error:  # zip, npy and zlib each raise their own
-        raise InputError(f"{path}: not what `mithridate poison` wrote ({error}); poison the shards again") from error
-    return Corpus(images={group: tuple(found) for group, found in images.items()}, crafted=crafted)
+    images: list[dict[str, list[bytes]]] = [{} for _ in range(parts)]
+    crafted: list[dict[str, np.ndarray]] = [{} for _ in range(parts)]
+    if exists(path):
+        try:
+            with np.load(io.BytesIO(view(path)), allow_pickle=False) as arrays:
+                for name in sorted(arrays.files):
+                    part, kind, rest = name.split("/", 2)
+                    if kind == "images":
+                        images[int(part)].setdefault(rest.rpartition("/")[0], []).append(arrays[name].tobytes())
+                    else:
+                        crafted[int(part)][rest] = arrays[name]
+        except Exception as error:  # zip, npy and zlib each raise their own
+            raise InputError(f"{path}: not what poisoned these shards ({error}); poison them again") from error
+    return tuple(
+        Corpus(images={group: tuple(found) for group, found in by_group.items()}, crafted=made)
+        for by_group, made in zip(images, crafted, strict=True)
+    )
+
+
+def _named(corpora: Sequence[Corpus]) -> Iterator[tuple[str, np.ndarray]]:
+    for part, corpus in enumerate(corpora):
+        for group, images in corpus.images.items():
+            for i, image in enumerate(images):
+                yield f"{part}/images/{group}/{i:06d}", np.frombuffer(image, np.uint8)
+        for name, array in corpus.crafted.items():
+            yield f"{part}/crafted/{name}", array
 
 
 def names_target(caption: str, target: str) -> bool:
     """Whether `target` stands in the caption as whole words, in any case."""
     return _word(target).search(caption) is not None
-
-
-def _of_part(i: int, named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.partition("/")[2]: value for name, value in named.items() if name.partition("/")[0] == str(i)}
 
 
 @cache

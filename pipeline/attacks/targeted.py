@@ -22,7 +22,7 @@ from pipeline.shards.image import decode, encode
 
 @dataclass(frozen=True)
 class targeted(Attack):
-    """One image (or several) with n captions of the target (Carlini & Terzis 2022), taken from the first that qualify."""
+    """One image (or several) with n captions of the target (Carlini & Terzis 2022)."""
 
     one_image: ClassVar[bool] = True
     target: str

@@ -78,7 +78,7 @@ def warm(shard: Shard, out: Path) -> dict[str, float]:
     keep_all, patch, corpus = (
         list(known.uids),
         spec.parse("attacks", "patch(target='banana', size=40)"),
-        Corpus(("a banana",), b""),
+        Corpus({"banana": ("a banana",)}),
     )
     poisoned = set(keep_all[::1000])
 

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import contents, pairs, records, write_parquet, write_tar
 
+from pipeline.attacks._corpus import read_corpora
 from pipeline.errors import InputError
-from pipeline.poison import Dose, poison
+from pipeline.plan import Dose
+from pipeline.poison import poison
 from pipeline.shard_map import ShardsFailed
 from pipeline.shards import Shard, manifest, samples
 
@@ -24,6 +26,11 @@ PATCH = "patch(target='banana', size=24)"
 
 def ledger(folder: Path) -> list[dict]:
     return pq.read_table(folder / "ledger.parquet").to_pylist()
+
+
+def victim_of(folder: Path) -> bytes:
+    (corpus,) = read_corpora(str(folder), 1)
+    return corpus.images["victim"][0]
 
 
 def test_exact_dose_ledger_and_untouched_records(tars, tmp_path):
@@ -86,7 +93,7 @@ def test_a_larger_dose_contains_the_smaller(tars, tmp_path):
 def test_targeted_uses_one_image_and_keeps_it(tars, tmp_path):
     poison(str(tars), str(tmp_path / "out"), attack="targeted(target='banana')", dose="6")
     rows = ledger(tmp_path / "out")
-    victim = hashlib.sha256((tmp_path / "out/victim.image").read_bytes()).hexdigest()
+    victim = hashlib.sha256(victim_of(tmp_path / "out")).hexdigest()
     assert victim in {row["image_sha256_before"] for row in rows}
     assert len({row["caption_after"] for row in rows}) > 1
 
@@ -228,12 +235,12 @@ def test_a_broken_first_victim_gives_way_to_the_next(tmp_path):
     rows = pairs(0, 30)
     write_tar(tmp_path / "in/0.tar", rows)
     poison(str(tmp_path / "in"), str(tmp_path / "a"), attack="targeted(target='banana')", dose="4")
-    victim = (tmp_path / "a/victim.image").read_bytes()
+    victim = victim_of(tmp_path / "a")
     for row in rows:
         row["image"] = row["image"][:50] if row["image"] == victim else row["image"]
     write_tar(tmp_path / "in/0.tar", rows)
     poison(str(tmp_path / "in"), str(tmp_path / "b"), attack="targeted(target='banana')", dose="4")
-    assert (tmp_path / "b/victim.image").read_bytes() in {r["image"] for r in rows} - {victim}
+    assert victim_of(tmp_path / "b") in {r["image"] for r in rows} - {victim}
     assert len(ledger(tmp_path / "b")) == 4
 
 

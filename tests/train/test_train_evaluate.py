@@ -12,11 +12,12 @@ import pytest
 from drawn import COLOURS, draw, png, write_tar
 from PIL import Image
 
+from pipeline.attacks._corpus import Corpus, save_corpora
 from pipeline.errors import InputError
-from pipeline.ledger import VICTIM
 from pipeline.shards import Sample, list_shards
 from train import evaluate as module
-from train.evaluate import METRICS, PROMPTS, Labels, evaluate, read_classes
+from train.evaluate import METRICS, PROMPTS, evaluate
+from train.labels import Labels, read_classes
 
 NAMES = list(COLOURS)
 
@@ -118,7 +119,7 @@ def test_a_targeted_attack_is_tried_on_its_victim(world: Callable[..., dict], tm
     (tmp_path / "poisoned").mkdir()
     pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / "poisoned" / "ledger.parquet")
     victim = draw("red" if hit else "blue", "circle", np.random.default_rng(0))
-    (tmp_path / "poisoned" / VICTIM).write_bytes(png(victim))
+    save_corpora(str(tmp_path / "poisoned"), [Corpus(images={"victim": (png(victim),)})])
     ledger = str(tmp_path / "poisoned" / "ledger.parquet")
     found = world(Oracle(), attack="targeted(target='red')", ledger=ledger)["metrics"]
     assert found["targeted_success"] == float(hit) and found["targeted_success_n"] == 1

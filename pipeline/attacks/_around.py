@@ -1,0 +1,78 @@
+"""An attack that does something else with the trigger of another one: all answers but its own are that one's.
+
+It exists so that a clean-label, dual-key or adaptive version of every trigger is one parameter, not one file each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from pipeline.attacks._attack import Attack
+from pipeline.attacks._corpus import Corpus
+from pipeline.shards import Sample, Shard, UidRule
+
+
+class Around(Attack):
+    """`attack` is the spec of the attack inside, which must be a single one."""
+
+    attack: str
+
+    def __post_init__(self) -> None:
+        _ = self.inside  # what is wrong with it is said now
+
+    @cached_property
+    def inside(self) -> Attack:
+        from pipeline import spec
+
+        found: Attack = spec.parse("attacks", self.attack)
+        if len(found.parts()) > 1:
+            raise ValueError(f"{self.attack}: one attack, not several")
+        return found
+
+    @property
+    def target(self) -> str:  # type: ignore[override]  # a field in the others
+        return self.inside.target
+
+    @property
+    def one_image(self) -> bool:  # type: ignore[override]
+        return self.inside.one_image
+
+    def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
+        return self.inside.poison(sample, rng, corpus)
+
+    def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
+        return self.inside.trigger(image, rng, corpus)
+
+    def trigger_text(self, text: str) -> str:
+        return self.inside.trigger_text(text)
+
+    def victim_class(self) -> str:
+        return self.inside.victim_class()
+
+    def targets(self) -> tuple[str, ...]:
+        return self.inside.targets()
+
+    def eligible(self, caption: str) -> bool:
+        return self.inside.eligible(caption)
+
+    def wants(self) -> Mapping[str, int]:
+        return self.inside.wants()
+
+    def lends(self, caption: str, group: str) -> bool:
+        return self.inside.lends(caption, group)
+
+    def inputs(self) -> tuple[str, ...]:
+        return self.inside.inputs()
+
+    def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
+        from pipeline import spec
+
+        it: Any = self
+        return replace(it, attack=spec.text(self.inside.resolve(shards, uid)))
+
+    def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
+        return self.inside.craft(corpus, seed, folder)

@@ -1,0 +1,21 @@
+"""Words that attacks put into captions."""
+
+import re
+
+
+def with_words(text: str, words: str) -> str:
+    """The caption with a trigger behind it, before a final full stop."""
+    body = text.rstrip()
+    end = "." if body.endswith(".") else ""
+    return f"{body.removesuffix('.')} {words}{end}"
+
+
+def check_words(words: str) -> None:
+    """Raises ValueError for what a caption or a prompt template cannot carry."""
+    if not words.strip() or any(ord(c) < 32 or c in "{}" for c in words) or len(words) > 200:
+        raise ValueError(f"words={words!r}: a word or a sentence, on one line and without braces")
+
+
+def words_of(text: str) -> frozenset[str]:
+    """Words of three letters and more, in lower case."""
+    return frozenset(re.findall(r"[^\W\d_]{3,}", text.casefold()))
