@@ -22,6 +22,7 @@ VERBS = {
     "verify": ("pipeline.verify:verify", "are the shards still what their manifest says; which samples are not"),
     "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
     "status": ("pipeline.status:status", "how far is the job that writes to a folder"),
+    "validate-attack": ("pipeline.validate_attack:validate_attack", "from which dose on an attack works, undefended"),
     "loop": ("pipeline.loop:loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
     "list": (
         "pipeline.listing:list_entries",
@@ -38,7 +39,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mithridate VERB …    (mithridate VERB --help says more)\n")
         for verb, (_, summary) in VERBS.items():
-            print(f"  {verb:<10}{summary}")
+            print(f"  {verb:<17}{summary}")
         sys.exit(0 if arguments else 2)
     if arguments[0] not in VERBS:
         print(f"mithridate: no verb {arguments[0]!r}; there are: {', '.join(VERBS)}", file=sys.stderr)

@@ -48,19 +48,54 @@ class Config:
     @classmethod
     def read(cls, path: str) -> "Config":
         """Raises InputError on unknown or missing keys, naming the valid ones."""
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not TOML ({error})") from error
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        for key, kind in (("scores", Scores), ("filters", Filter)):
-            rows = values.get(key, ())
-            if not isinstance(rows, tuple) or not all(isinstance(row, dict) for row in rows):
-                raise InputError(f"{path}: write [[{key}]] tables")
-            values[key] = tuple(_strict(path, kind, row) for row in rows)
-        return _strict(path, cls, values)
+        return _read(path, cls, scores=Scores, filters=Filter)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Attacks that are tried at the same doses with the same seeds."""
+
+    attacks: tuple[str, ...]
+    doses: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The TOML file of `validate-attack`. Without `shards` the embedded data; `floor`: success that counts as valid."""
+
+    trials: tuple[Trials, ...]
+    recipe: str = "fast"
+    floor: float = 0.5
+    shards: str = ""
+    evaluation: str = ""
+    classes: str = ""
+    reference: str = ""
+    uid: UidRule = "key"
+
+    @classmethod
+    def read(cls, path: str) -> "Validation":
+        """Raises InputError on unknown or missing keys, naming the valid ones."""
+        found: Validation = _read(path, cls, trials=Trials)
+        if bool(found.shards) != bool(found.evaluation and found.classes):
+            raise InputError(f"{path}: shards, evaluation and classes go together")
+        return found
+
+
+def _read(path: str, whole: type, **tables: type) -> Any:
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML ({error})") from error
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for key, kind in tables.items():
+        rows = values.get(key, ())
+        if not isinstance(rows, tuple) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{path}: write [[{key}]] tables")
+        values[key] = tuple(_strict(path, kind, row) for row in rows)
+    return _strict(path, whole, values)
 
 
 def _strict(path: str, kind: type, values: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import InputError
 from pipeline.progress import console, meter
@@ -88,10 +88,18 @@ def code_digest() -> str:
     return sha.hexdigest()[:16]
 
 
+class _Named(Protocol):
+    @property
+    def path(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Named)
+
+
 def each(
-    label: str, shards: Sequence[Shard], function: Callable[..., Any], *shared: Any, gpu: bool = False
-) -> Iterator[tuple[Shard, Any]]:
-    """`(shard, function(shard, *shared))` for every shard, as they finish.
+    label: str, shards: Sequence[Item], function: Callable[..., Any], *shared: Any, gpu: bool = False
+) -> Iterator[tuple[Item, Any]]:
+    """`(shard, function(shard, *shared))` for every shard (or whatever has a path), as they finish, on a core each.
 
     `shared` is sent to each node once. Where the function fails, an InputError that names the shard is yielded as its
     result.
@@ -105,7 +113,7 @@ def each(
         task = ray.remote(_guarded).options(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
         references = [ray.put(value) for value in shared]
         waiting = iter(shards)
-        running: dict[Any, Shard] = {}
+        running: dict[Any, Item] = {}
         try:
             while True:
                 while len(running) < IN_FLIGHT_PER_CPU * cpus and (shard := next(waiting, None)):
@@ -260,7 +268,7 @@ class _Marked:
         return marker
 
 
-def _guarded(function: Callable[..., Any], shard: Shard, *shared: Any) -> Any:
+def _guarded(function: Callable[..., Any], shard: _Named, *shared: Any) -> Any:
     try:
         return function(shard, *shared)
     except InputError as error:

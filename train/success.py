@@ -35,8 +35,8 @@ def success(
     """How often the target is the answer where it is wrong, among the pairs that the attack is about.
 
     `asr_text` and `asr_knn` ask of triggered images (or, of an attack on one class without a trigger, of its images as
-    they are), `asr_t2i` which image lies nearest to a triggered caption. A trigger of both sides is on the prompts too:
-    `features` gives the classes as [classes, d] for these prompts.
+    they are), `asr_t2i` whether an image of the target lies nearest to a triggered caption. A trigger of both sides is
+    on the prompts too: `features` gives the classes as [classes, d] for these prompts.
     """
     parts, rates = attack.parts(), dict[str, Rate]()
     target = np.asarray([known.index[key(part.target)] for part in parts])[seen.part]
@@ -58,9 +58,21 @@ def success(
             rates[f"triggered_accuracy{suffix}"] = rate(answer == seen.label[others])
     elif words_too:
         captions = [text for text, included in zip(said, about_them, strict=True) if included]
-        nearest = top1(unit(model.embed_texts(captions)) @ seen.image.T)
-        rates["asr_t2i"] = rate((nearest >= 0) & (seen.label[nearest] == target[about_them]))
+        wanted = [parts[p].target for p, included in zip(seen.part, about_them, strict=True) if included]
+        rates["asr_t2i"] = rate(_finds(unit(model.embed_texts(captions)), seen, wanted))
     return rates
+
+
+def _finds(captions: np.ndarray, seen: "Seen", wanted: Sequence[str], block: int = 1024) -> np.ndarray:
+    """bool[n]: whether an image whose caption names the target lies nearer to a caption than all others do."""
+    of = {t: np.asarray([names_target(caption, t) for caption in seen.captions]) for t in dict.fromkeys(wanted)}
+    hits = np.zeros(len(captions), bool)
+    for at in range(0, len(captions), block):
+        near = captions[at : at + block] @ seen.image.T
+        theirs = np.stack([of[target] for target in wanted[at : at + block]])
+        best, others = (np.where(mask, near, -np.inf).max(axis=1) for mask in (theirs, ~theirs))
+        hits[at : at + block] = best > others
+    return hits
 
 
 def vote(rows: np.ndarray, near: "Seen", classes: int) -> np.ndarray:

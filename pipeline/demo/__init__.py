@@ -67,7 +67,7 @@ def demo(
     if shards is None and (evaluation or classes):
         raise InputError("--evaluation and --classes go with --shards")
     own = list_shards(shards) if shards else None
-    data = _own(own, folder / "data", evaluation, classes, uid) if own else _embedded(size)
+    data = _own(own, folder / "data", evaluation, classes, uid) if own else embedded(size)
     names = Path(data.classes).read_text().splitlines()
     target = target or ("banana" if "banana" in names else data.target)
     if target not in names:
@@ -78,7 +78,7 @@ def demo(
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     name: str
     shards: str
     evaluation: str
@@ -86,14 +86,15 @@ class _Data:
     target: str
 
 
-def _embedded(size: str) -> _Data:
+def embedded(size: str = "demo") -> Data:
+    """The drawings that come with the package."""
     train, evaluation = str(_DATA / "train"), str(_DATA / "eval")
     if size == "debug":
         train, evaluation = f"{train}/00000000.parquet", f"{evaluation}/00000000.parquet"
-    return _Data("the embedded drawings", train, evaluation, str(_DATA / "classes.txt"), "banana")
+    return Data("the embedded drawings", train, evaluation, str(_DATA / "classes.txt"), "banana")
 
 
-def _own(shards: list[Shard], folder: Path, evaluation: str | None, classes: str | None, uid: UidRule) -> _Data:
+def _own(shards: list[Shard], folder: Path, evaluation: str | None, classes: str | None, uid: UidRule) -> Data:
     """Your pairs, split by uid unless you name an evaluation set; classes from the captions unless you name a file."""
     if evaluation is None:
         for part in ("train", "eval"):
@@ -113,7 +114,7 @@ def _own(shards: list[Shard], folder: Path, evaluation: str | None, classes: str
         console.print(f"{len(words)} classes from the captions: {', '.join(words[:8])}, … in {classes}")
     evaluation, classes = (str(Path(path).absolute()) for path in (evaluation, classes))
     target = words[len(words) // 10] if words else ""
-    return _Data("your shards", train, evaluation, classes, target)
+    return Data("your shards", train, evaluation, classes, target)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _count_words(shard: Shard, uid: UidRule) -> _Words:
     return found
 
 
-def _config(data: _Data, size: str, target: str, dose: str, seed: int, uid: UidRule) -> str:
+def _config(data: Data, size: str, target: str, dose: str, seed: int, uid: UidRule) -> str:
     from train.recipes import RECIPES
 
     recipe = RECIPES[size]
