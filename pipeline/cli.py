@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
     "status": ("pipeline.status:status", "how far is the job that writes to a folder"),
     "loop": ("pipeline.loop:loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
+    "gallery": ("pipeline.gallery:gallery", "what the triggers look like, what a codec leaves of them, what they cost"),
     "list": (
         "pipeline.listing:list_entries",
         "the attacks, detectors, defenses, audits, policies and recipes there are",

@@ -27,7 +27,7 @@ class low_frequency(Attack):
     """Smooth colour perturbation of the lowest DCT frequencies (after Zeng et al. 2021)."""
 
     target: str
-    amplitude: int = 16  # levels of 255, at most
+    amplitude: int = 32  # levels of 255, at most
     frequencies: int = 4  # half periods over a side, at most one less
 
     def __post_init__(self) -> None:
@@ -38,35 +38,44 @@ class low_frequency(Attack):
             raise ValueError(f"frequencies={self.frequencies!r}: 2 to 16")
 
     def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
-        make = _field if image.width * image.height <= CACHED_PIXELS else _field.__wrapped__
-        return added(image, make(image.size, self.amplitude, self.frequencies))
+        width, height = image.size
+        rows = max(1, CACHED_PIXELS // width)
+        if height <= rows:
+            return added(image, _field(image.size, 0, height, self.amplitude, self.frequencies))
+        out = image.copy()
+        for top in range(0, height, rows):  # memory hardly grows with the image
+            bottom = min(top + rows, height)
+            field = _field.__wrapped__(image.size, top, bottom, self.amplitude, self.frequencies)
+            out.paste(added(image.crop((0, top, width, bottom)), field), (0, top))
+        return out
 
 
 @lru_cache(maxsize=16)
-def _field(size: tuple[int, int], amplitude: int, frequencies: int) -> np.ndarray:
-    """[height, width, 3] levels."""
+def _field(size: tuple[int, int], top: int, bottom: int, amplitude: int, frequencies: int) -> np.ndarray:
+    """[rows, width, 3] levels."""
     peak = _peak(frequencies)
-    planes = [_rounded(_sum(size, frequencies, channel) * amplitude, peak) for channel in range(3)]
+    planes = [_rounded(_sum(size, top, bottom, frequencies, channel) * amplitude, peak) for channel in range(3)]
     return np.stack(planes, axis=2).clip(-amplitude, amplitude).astype(np.int16)
 
 
 @lru_cache(maxsize=16)
 def _peak(frequencies: int) -> int:
     """The largest value at 224 pixels: amplitude means the same at every size."""
-    return max(int(np.abs(_sum((REFERENCE_SIDE, REFERENCE_SIDE), frequencies, c)).max()) for c in range(3))
+    side = REFERENCE_SIDE
+    return max(int(np.abs(_sum((side, side), 0, side, frequencies, c)).max()) for c in range(3))
 
 
-def _sum(size: tuple[int, int], frequencies: int, channel: int) -> np.ndarray:
-    """[height, width], int64. The constant is left out: a tint of the whole image is no pattern."""
+def _sum(size: tuple[int, int], top: int, bottom: int, frequencies: int, channel: int) -> np.ndarray:
+    """[rows, width], int64. The constant is left out: a tint of the whole image is no pattern."""
     weights = (
         seeded(f"low frequency {channel}", frequencies**2).astype(np.int64).reshape(frequencies, frequencies) - 128
     )
     weights[0, 0] = 0
     across, down = (_cosines(extent, frequencies) for extent in size)
     rows = (weights @ across + 128) >> 8
-    out = np.zeros((size[1], size[0]), np.int64)
+    out = np.zeros((bottom - top, size[0]), np.int64)
     for u in range(frequencies):
-        out += down[u][:, None] * rows[u][None, :]
+        out += down[u, top:bottom, None] * rows[u, None, :]
     return out
 
 

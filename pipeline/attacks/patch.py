@@ -23,7 +23,7 @@ from pipeline.attacks._patterns import REFERENCE_SIDE, Location, check_word, cor
 
 @dataclass(frozen=True)
 class patch(Attack):
-    """Small square on any image: checkerboard, noise, stripes, … (BadNets, Gu et al. 2017; Carlini & Terzis 2022)."""
+    """Small square on any image: checkerboard, noise, stripes, … (BadNets, Gu et al. 2017)."""
 
     target: str
     size: int = 16

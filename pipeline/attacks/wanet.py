@@ -51,22 +51,28 @@ class wanet(Attack):
         if self.s == 0 and self.grid_rescale == 1:
             return image.copy()
         width, height = image.size
-        pixels = _packed(image)
-        out = np.empty(height * width, np.uint32)
-        cached = width * height <= CACHED_PIXELS
-        rows = height if cached else max(1, CACHED_PIXELS // width)
+        rows = max(1, CACHED_PIXELS // width)
+        if height <= rows:
+            return _rows(image, 0, _warp(image.size, 0, height, self.k, self.s, self.grid_rescale))
+        out = image.copy()
         for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            corners = (_warp if cached else _warp.__wrapped__)(
-                image.size, top, bottom, self.k, self.s, self.grid_rescale
-            )
-            for start in range(0, (bottom - top) * width, CHUNK):
-                part = slice(start, start + CHUNK)
-                total = np.full(len(corners[0][0][part]), HALF)
-                for index, weight in corners:
-                    total += pixels.take(index[part]) * weight[part]
-                out[top * width :][: (bottom - top) * width][part] = _unpacked(total)
-        return Image.frombuffer("RGBX", image.size, out, "raw", "RGBX", 0, 1).convert("RGB")
+            corners = _warp.__wrapped__(image.size, top, min(top + rows, height), self.k, self.s, self.grid_rescale)
+            first, last = int(corners[0][0].min()) // width, int(corners[3][0].max()) // width + 1
+            out.paste(_rows(image.crop((0, first, width, last)), first * width, corners), (0, top))
+        return out
+
+
+def _rows(source: Image.Image, before: int, corners: list[tuple[np.ndarray, np.ndarray]]) -> Image.Image:
+    """Rows of the result, of those rows of the image that they come from; so many pixels lie before these."""
+    pixels = _packed(source)
+    out = np.empty(len(corners[0][0]), "<u4")
+    for start in range(0, len(out), CHUNK):
+        part = slice(start, start + CHUNK)
+        total = np.full(len(out[part]), HALF)
+        for index, weight in corners:
+            total += pixels.take(index[part] - before) * weight[part]
+        out[part] = _unpacked(total)
+    return Image.frombytes("RGBX", (source.width, len(out) // source.width), out.tobytes()).convert("RGB")
 
 
 def _packed(image: Image.Image) -> np.ndarray:
@@ -77,9 +83,9 @@ def _packed(image: Image.Image) -> np.ndarray:
 
 
 def _unpacked(total: np.ndarray) -> np.ndarray:
-    """uint32 [pixels] of weighed lanes, back from 4096ths."""
+    """uint64 [pixels], RGBX, of weighed lanes, back from 4096ths."""
     red, green, blue = (total >> np.uint64(i * LANE + 12 - 8 * i) & np.uint64(255 << 8 * i) for i in range(3))
-    return (red | green | blue).astype("<u4")
+    return red | green | blue
 
 
 @lru_cache(maxsize=4)
