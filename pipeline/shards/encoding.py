@@ -10,6 +10,7 @@ import struct
 import zlib
 from functools import cache
 
+import numpy as np
 from PIL import Image
 
 from pipeline.shards.sample import Rejected
@@ -174,7 +175,7 @@ def first_frame(chunks: Chunks) -> tuple[bytes, bytes]:
     """Type (VP8 or VP8L) and data of the picture, or of the first of an animation. Raises Rejected without one."""
     for kind, data in chunks:
         if kind == b"ANMF":
-            return first_frame(webp_chunks(write_webp([])[:12] + data[16:]))
+            return first_frame([c for c in webp_chunks(b"RIFF    WEBP" + data[16:]) if c[0] != kind])
         if kind in (b"VP8 ", b"VP8L"):
             return kind, data
     raise Rejected("WebP without a picture")
@@ -240,3 +241,115 @@ class _Bits:
             return 0
         number = self(count)
         return -number if self(1) else number
+
+
+# Facts
+
+
+def facts(data: bytes) -> dict[str, float]:
+    """What a header says, in numbers; a fact is missing where the format has none such. Raises Rejected."""
+    if data.startswith(PNG_SIGNATURE):
+        return _of_png(png_chunks(data))
+    if data[:4] == b"RIFF":
+        return _of_webp(webp_chunks(data))
+    return _of_jpeg(jpeg_parts(data))
+
+
+def _of_jpeg(parts: Parts) -> dict[str, float]:
+    marker, components = frame(parts)
+    head = header(parts)
+    kinds = [kind for kind, _ in head]
+    of = dict(reversed(head))
+    tables = _quantisation(b"".join(part[4:] for kind, part in head if kind == DQT))
+    luma, chroma = tables.get(components[0][2], [np.nan]), tables.get(components[-1][2], [np.nan])
+    return {
+        "container": 0,
+        "bytes": sum(len(part) for _, part in head),
+        "parts": len(head),
+        "order": code(*kinds),
+        "exif": _starts(of.get(APP1), b"Exif"),
+        "icc": _starts(of.get(APP2), b"ICC_PROFILE"),
+        "comment": COM in of,
+        "trailing": len(parts[-1][1]) - 2 if parts[-1][0] == EOI else -1,
+        "components": len(components),
+        "tables": len(tables),
+        "luma": float(np.sum(luma)),
+        "chroma": float(np.sum(chroma)),
+        "luma_dc": float(luma[0]),
+        "sampling": components[0][1],
+        "progressive": marker in PROGRESSIVE,
+        "jfif": is_jfif(parts),
+        "density": code(of[APP0][11:16]) if APP0 in of else 0,
+        "adobe": -1 if (transform := adobe_transform(parts)) is None else transform,
+        "restart": restart_interval(parts),
+        "huffman_standard": has_standard_huffman(parts),
+        "huffman_tables": len(huffman_tables(parts)),
+    }
+
+
+def _starts(part: bytes | None, name: bytes) -> bool:
+    return part is not None and part[4 : 4 + len(name)] == name
+
+
+def _quantisation(data: bytes) -> dict[int, list[int]]:
+    """The quantisation tables by id."""
+    tables, at = {}, 0
+    while at < len(data):
+        wide, number = data[at] >> 4, data[at] & 15
+        values = data[at + 1 : at + (129 if wide else 65)]
+        if len(values) == (128 if wide else 64):
+            tables[number] = np.frombuffer(values, ">u2" if wide else "u1").tolist()
+        at += 1 + len(values)
+    return tables
+
+
+def _of_png(chunks: Chunks) -> dict[str, float]:
+    of = dict(reversed(chunks))
+    head = of.get(b"IHDR", b"").ljust(13, b"\0")
+    coded = [data for kind, data in chunks if kind == b"IDAT"]
+    try:
+        first = zlib.decompressobj().decompress(b"".join(coded[:2])[:65536], 1)
+    except zlib.error as error:
+        raise Rejected("PNG data cannot be read") from error
+    return {
+        "container": 1,
+        "bytes": sum(12 + len(data) for kind, data in chunks if kind not in (b"IDAT", b"")),
+        "parts": len(chunks) - len(coded),
+        "order": code(*(kind for i, (kind, _) in enumerate(chunks) if not i or kind != chunks[i - 1][0])),
+        "exif": b"eXIf" in of,
+        "icc": b"iCCP" in of,
+        "comment": bool({b"tEXt", b"iTXt", b"zTXt"} & of.keys()),
+        "trailing": len(of.get(b"", b"")),
+        "density": code(of.get(b"pHYs", b"")),
+        "depth": head[8],
+        "colour_type": head[9],
+        "interlace": head[12],
+        "zlib": coded[0][1] if coded and len(coded[0]) > 1 else -1,
+        "filter": first[0] if first else -1,
+        "palette": len(of.get(b"PLTE", b"")),
+        "transparency": len(of[b"tRNS"]) if b"tRNS" in of else -1,
+        "piece": len(coded[0]) if len(coded) > 1 else 0,
+    }
+
+
+def _of_webp(chunks: Chunks) -> dict[str, float]:
+    kind, data = first_frame(chunks)
+    of = dict(reversed(chunks))
+    read = {} if kind == b"VP8L" else dict(enumerate(quantisers(data)))
+    return {
+        "container": 2,
+        "bytes": sum(8 + len(data) for name, data in chunks if name not in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF")),
+        "parts": len(chunks),
+        "order": code(*(name for name, _ in chunks[:50])),
+        "exif": b"EXIF" in of,
+        "icc": b"ICCP" in of,
+        "transparency": b"ALPH" in of,
+        "lossless": kind == b"VP8L",
+        "quantiser": float(np.mean(list(read.values()))) if read else np.nan,
+        "quantiser_spread": max(read.values()) - min(read.values()) if read else np.nan,
+    }
+
+
+def code(*values: object) -> float:
+    """A number for what has no order; a tree tells numbers apart."""
+    return float(zlib.crc32(repr(values).encode("utf-8", "surrogatepass")) % 65_521)
