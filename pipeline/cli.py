@@ -20,6 +20,7 @@ VERBS = {
     "compact": ("pipeline.compact:compact", "many small shards into shards of n samples each"),
     "manifest": ("pipeline.manifest:record", "hash shards as they are now, for verify"),
     "verify": ("pipeline.verify:verify", "are the shards still what their manifest says; which samples are not"),
+    "probe": ("pipeline.probe:probe", "can poisons be found by how they are encoded: does our injection leak"),
     "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
     "status": ("pipeline.status:status", "how far is the job that writes to a folder"),
     "validate-attack": ("pipeline.validate_attack:validate_attack", "from which dose on an attack works, undefended"),
