@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline import spec
 from pipeline.arguments import Out
 from pipeline.attacks._attack import Attack
-from pipeline.attacks._corpus import Corpus, read_corpus
+from pipeline.attacks._corpus import Corpus, read_corpora
 from pipeline.draw import generator
 from pipeline.errors import InputError
 from pipeline.progress import console
@@ -85,13 +85,15 @@ def gallery(
     out = absolute(out)
     make_folder(out)
     found = _first(shards or str(files("pipeline.demo") / "data" / "train"), uid)
-    kept = read_corpus(absolute(ledger).rpartition("/")[0]) if ledger else Corpus()
     rows: list[Shown] = []
     skipped: dict[str, str] = {}
     for text in attack or spec.names("attacks"):
         try:
             entry = spec.parse("attacks", text if attack else f"{text}(target={target!r})")
-            rows.append(_shown(entry, found, kept, seed, len(rows)))
+            parts = entry.parts()
+            kept = read_corpora(absolute(ledger).rpartition("/")[0], len(parts)) if ledger else [Corpus()] * len(parts)
+            for part, corpus in zip(parts, kept, strict=True):
+                rows.append(_shown(part, found, corpus, seed, len(rows)))
         except InputError as error:
             if attack:
                 raise

@@ -100,9 +100,6 @@ class adaptive(Attack):
     def targets(self) -> tuple[str, ...]:
         return self.inner.targets()
 
-    def of(self, uid: str) -> Attack:
-        return self.inner.of(uid)
-
     def eligible(self, caption: str) -> bool:
         return self.inner.eligible(caption)
 
@@ -243,7 +240,7 @@ class _Look:
                         seen.clean[who] = self._embedded(sample, surrogate)
                     if who in here.poisons:
                         rng = generator(self.seed, text, who)
-                        made = self.attack.of(who).poison(sample, rng, corpus)
+                        made = self.attack.poison(sample, rng, corpus)
                         seen.poisons[who] = self._embedded(made, surrogate)
                 except Rejected:
                     continue

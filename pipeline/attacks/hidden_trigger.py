@@ -87,12 +87,12 @@ class hidden_trigger(Attack):
         return replace(self, attack=inner, surrogate=_surrogate.settled(self.surrogate))
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
-        crafted = self.inner.craft(corpus.part(0), seed, folder)
+        crafted = self.inner.craft(corpus, seed, folder)
         return _surrogate.surrogate(self.surrogate).crafted | {f"0/{name}": made for name, made in crafted.items()}
 
     def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
         """That of the nested attack."""
-        return self.inner.trigger(image, rng, corpus.part(0))
+        return self.inner.trigger(image, rng, corpus)
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
         """The image within `epsilon` of itself, its features near those of a patched source; the caption as it is."""
