@@ -116,9 +116,10 @@ def _first(shards: str, uid: UidRule) -> list[Sample]:
         for sample in samples(shard, uid):
             try:
                 decode(sample.image)
+                parts = {"jpg": sample.image, "txt": sample.caption.encode()}  # whatever the format: it is sniffed
             except Rejected:
                 continue
-            found.append(Sample(sample.key, sample.uid, {"jpg": sample.image, "txt": sample.caption.encode()}))
+            found.append(Sample(sample.key, sample.uid, parts))
             if len(found) == PICTURES + LENDERS:
                 return found
     if not found:

@@ -319,7 +319,8 @@ def test_the_gallery_shows_and_measures_what_can_be_shown(tmp_path, monkeypatch,
     monkeypatch.setattr(gallery, "ROUNDS", 1)
     monkeypatch.setattr(gallery, "PICTURES", 2)
     (tmp_path / "in").mkdir()
-    write(tmp_path / "in" / name, pairs(0, 7))
+    broken = {**pairs(7, 8)[0], "image": b"no picture"}
+    write(tmp_path / "in" / name, [broken, *pairs(0, 7)])
     assert gallery.gallery(str(tmp_path / "out"), shards=str(tmp_path / "in")) == 0
     found = json.loads((tmp_path / "out" / "attacks.json").read_text())
     shown = {spec.parse_call(text)[0] for text in found["attacks"]}
