@@ -35,6 +35,7 @@ from pipeline.tables import CAPTION, said
 FEWEST = 20  # poisons, below which an AUROC means nothing
 MOST = 5_000  # poisons that are looked at; more make no interval narrower that matters
 FOLDS = 5
+MISSING = -1e9
 SHOWN = 3  # most telling facts of a family
 NEAR = 64  # pixels to which an image is decoded for its mean colour
 
@@ -292,7 +293,8 @@ def _tell(
     from sklearn.metrics import roc_auc_score
 
     columns = [i for i, name in enumerate(NAMES) if name.split(".")[0] in families]
-    values, labels = found.values[rows][:, columns], positive[rows]
+    values = np.nan_to_num(found.values[rows][:, columns], nan=MISSING)  # sklearn fails where all are missing
+    labels = positive[rows]
     who = np.asarray(found.uid, object)[rows]
     hits = int(labels.sum())
     row: dict[str, Any] = {"n": len(labels), "poisons": hits, "auroc": None, "auroc_low": None, "auroc_high": None}
@@ -302,7 +304,7 @@ def _tell(
     told = quality(scores, who, labels)
     single = []
     for i, column in enumerate(columns):
-        alone = float(roc_auc_score(labels, np.nan_to_num(values[:, i], nan=-1e9)))
+        alone = float(roc_auc_score(labels, values[:, i]))
         single.append((max(alone, 1 - alone), NAMES[column]))
     best = [{"fact": fact, "auroc": auroc} for auroc, fact in sorted(single, reverse=True)[:SHOWN]]
     return row | {name: told[name] for name in ("auroc", "auroc_low", "auroc_high")} | {"facts": best}
@@ -313,7 +315,6 @@ def _out_of_fold(values: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarra
     from sklearn.model_selection import StratifiedKFold
 
     scores = np.zeros(len(labels))
-    values = np.where(np.isinf(values), np.nan, values)
     for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(values, labels):
         model = HistGradientBoostingClassifier(
             max_iter=60, max_leaf_nodes=15, min_samples_leaf=8, class_weight="balanced", random_state=seed

@@ -14,6 +14,7 @@ image of another size its size.
 
 import io
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -293,25 +294,30 @@ def _webp(image: Image.Image, original: Image.Image, like: bytes) -> tuple[bytes
 
 
 def webp_quality(image: Image.Image, frame: bytes) -> int:
-    """The quality at which libwebp comes nearest to the quantisers of a lossy frame, by bisection.
+    """The quality at which libwebp comes nearest to the quantisers of a lossy frame.
 
-    They depend on the picture too, so it is tried on `image`, of which the middle is taken where it is large.
+    They depend on the picture too, so it is tried on `image`, of which the middle is taken where it is large. Their
+    mean alone is found by bisection, but at a quality that is too low; near it, those of all segments decide, and
+    between equals a round quality. Measured on WebP of quality 75: a probe of the header had AUROC 0.70 with the mean
+    alone, and has 0.59 so.
     """
-    wanted = encoding.quantisers(frame)
     side = int(TRIED_PIXELS**0.5)
     left, top = (max(0, (extent - side) // 2) for extent in image.size)
     shown = image.convert("RGB").crop((left, top, min(image.width, left + side), min(image.height, top + side)))
+    wanted = np.resize(encoding.quantisers(frame), 4)
 
-    def coarseness(quality: int) -> float:
+    @cache
+    def tried(quality: int) -> np.ndarray:
         out = io.BytesIO()
         shown.save(out, "WEBP", quality=quality, method=4)
-        return float(np.mean(encoding.quantisers(encoding.first_frame(encoding.webp_chunks(out.getvalue()))[1])))
+        return np.resize(encoding.quantisers(encoding.first_frame(encoding.webp_chunks(out.getvalue()))[1]), 4)
 
-    low, high, target = 0, 100, float(np.mean(wanted))
+    low, high = 0, 100
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if coarseness(middle) >= target else (low, middle)
-    return min((low, high), key=lambda quality: abs(coarseness(quality) - target))
+        low, high = (middle, high) if tried(middle).mean() >= wanted.mean() else (low, middle)
+    near = range(max(0, low - 3), min(100, low + 8) + 1)
+    return min(near, key=lambda quality: (np.abs(tried(quality) - wanted).sum() + 0.3 * (quality % 5 > 0), quality))
 
 
 def _join_webp(old: encoding.Chunks, new: encoding.Chunks, size: tuple[int, int]) -> bytes:

@@ -157,6 +157,19 @@ def test_a_hash_of_the_image_that_was_left_behind_is_found(clean, tmp_path):
     assert result["families"]["json"]["facts"][0]["fact"] == "json.hash_agrees"
 
 
+def test_shards_of_one_container_without_json_are_told_too(tmp_path):
+    (source := tmp_path / "source").mkdir()
+    for shard in range(2):
+        pictures = [(i, stored(i)) for i in range(shard, PAIRS, 2)]
+        rows = [{"key": f"{i:09d}", "suffix": "png", "image": image} for i, (kind, image) in pictures if kind == "png"]
+        write_tar(source / f"{shard}.tar", [row | {"caption": f"a {row['key']}", "meta": {}} for row in rows])
+    folder = poisoned(source, tmp_path / "leaky", lambda s: s.changed(image=s.image + b"trailer" + s.key.encode()), 200)
+    assert probe(str(folder), str(tmp_path / "out")) == 1
+    result = json.loads((tmp_path / "out/probe.json").read_text())
+    assert result["families"]["header"]["facts"][0] == {"fact": "header.trailing", "auroc": 1.0}
+    assert 0.4 < result["families"]["json"]["auroc"] < 0.6
+
+
 def test_facts_are_named_and_numbers(clean):
     seen: set[str] = set()
     for shard in list_shards(str(clean)):
