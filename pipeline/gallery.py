@@ -135,7 +135,7 @@ def _shown(attack: Attack, found: Sequence[Sample], kept: Corpus, seed: int, tur
     pictures = [_enlarged(decode(sample.image)) for sample in chosen]
 
     def trigger(image: Image.Image, sample: Sample) -> Image.Image:
-        return attack.trigger(image, generator(seed, text, sample.uid), corpus)
+        return attack.trigger(image, generator(seed, spec.key(attack), sample.uid), corpus)
 
     shown = Shown(attack, pictures, [trigger(*pair) for pair in zip(pictures, chosen, strict=True)])
     if all(a.tobytes() == b.tobytes() for a, b in zip(shown.pictures, shown.triggered, strict=True)):

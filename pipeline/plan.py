@@ -233,7 +233,7 @@ class _Surveyor:
 
     def __call__(self, shard: Shard) -> _Survey:
         found, parts = _Survey(), self.attack.parts()
-        text, targets = spec.text(self.attack), {target for part in parts for target in part.targets()}
+        text, targets = spec.key(self.attack), {target for part in parts for target in part.targets()}
         for sample in samples(shard, self.uid):
             found.read += 1
             try:

@@ -98,7 +98,7 @@ class _Poison:
                 return sample
             part, corpus = self.attack.parts()[i := self.attack.part_of(sample.uid)], corpora[i]
             text = spec.text(part)
-            after = part.poison(sample, generator(self.seed, text, sample.uid), corpus)
+            after = part.poison(sample, generator(self.seed, spec.key(part), sample.uid), corpus)
             values = (
                 sample.uid,
                 shard.name,

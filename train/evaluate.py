@@ -149,7 +149,7 @@ def look(
 ) -> Seen:
     """Decode, trigger and embed every image once."""
     from pipeline.draw import generator
-    from pipeline.spec import text
+    from pipeline.spec import key as key_of
     from train.data import reason
 
     rows: dict[str, list[np.ndarray]] = {"image": [], "triggered": []}
@@ -159,7 +159,7 @@ def look(
     skipped: dict[str, int] = {}
     identity = True
     parts = attack.parts() if attack else ()
-    specs = [text(part) for part in parts]
+    specs = [key_of(part) for part in parts]
     corpora = corpora or [Corpus()] * len(parts)
 
     def prepared() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

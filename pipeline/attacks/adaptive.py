@@ -231,7 +231,7 @@ class _Look:
     def __call__(self, shard: Shard, wanted: Mapping[str, _Wanted], corpus: Corpus) -> _Seen:
         surrogate = _surrogate.surrogate(self.attack.surrogate)
         surrogate.check(self.digest)
-        seen, here, text = _Seen(), wanted[shard.name], spec.text(self.attack)
+        seen, here, text = _Seen(), wanted[shard.name], spec.key(self.attack)
         with _surrogate.one_thread():
             for sample in samples(shard, self.uid):
                 who = sample.uid

@@ -109,7 +109,7 @@ class optimised_patch(Attack):
         import torch
         from torch.nn.functional import normalize
 
-        text = spec.text(self)
+        text = spec.key(self)
         unit = {
             group: normalize(torch.from_numpy(surrogate.model.embed_images(found)), dim=1)
             for group, found in images.items()

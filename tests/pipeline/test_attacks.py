@@ -165,9 +165,8 @@ def test_the_ledger_and_the_corpus_suffice_to_make_a_poison_again(clean, tmp_pat
     plan = json.loads((out / "plan.json").read_text())
     corpus = Corpus({t: tuple(c) for t, c in plan["captions"][0].items()}, kept.images)
     for row in rows:
-        again = spec.parse("attacks", row["attack"]).poison(
-            before[row["uid"]], generator(row["seed"], row["attack"], row["uid"]), corpus
-        )
+        attack = spec.parse("attacks", row["attack"])
+        again = attack.poison(before[row["uid"]], generator(row["seed"], spec.key(attack), row["uid"]), corpus)
         assert hashlib.sha256(again.image).hexdigest() == row["image_sha256_after"]
         assert again.caption == row["caption_after"]
 

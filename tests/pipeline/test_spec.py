@@ -19,6 +19,12 @@ def test_text_and_parse_are_inverse():
     assert spec.parse("attacks", spec.text(attack)) == attack
 
 
+def test_the_key_leaves_defaults_out():
+    for text in ("patch(target='a')", "patch(cells=4, target='a', size=16)"):
+        assert spec.key(spec.parse("attacks", text)) == "patch(target='a')"
+    assert spec.key(spec.parse("attacks", "patch(target='a', size=17)")) == "patch(target='a', size=17)"
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
