@@ -58,9 +58,7 @@ class Surrogate:
     def check(self, digest: str) -> None:
         """Raises InputError where the plan was made with other weights than those that this node sees."""
         if digest != self.digest:
-            raise InputError(
-                f"the plan was made with surrogate {digest}; this node sees {self.digest}: share the folder"
-            )
+            raise InputError(f"the plan is of surrogate {digest}, but this node sees {self.digest}; share the folder")
 
     @property
     def crafted(self) -> dict[str, np.ndarray]:

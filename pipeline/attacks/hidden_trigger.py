@@ -1,13 +1,13 @@
-"""Hidden trigger: true captions, no visible patch; the poison's features are those of a patched image of something else.
+"""Hidden trigger: true captions, no visible patch; the features are those of a patched image of something else.
 
-Trade-off: nothing in caption or image is wrong to a person, and the trigger is first seen at test time. The price is
-that it needs a surrogate whose features the victim's resemble, and `steps` forward and backward passes a poison: with
-the demo's 64-pixel ResNet COST_DEMO, with ViT-B-32 COST_B32 (one core). A JPEG's quantisation takes back a part of what
-was gained, and pixels may then differ by more than `epsilon`.
+Trade-off: nothing in caption or image is wrong to a person, and the trigger is first seen at test time. The price is a
+surrogate whose features the victim's resemble, and `steps` forward and backward passes a poison: on one core 0.3 s with
+the demo's 64-pixel ResNet, 18 s with ViT-B-32. With the former, trained on clean data, a PNG's features end at 0.38 of
+their distance to the patched source, those of a WebP at quality 75 at 0.71 (0.85 for steps that ignore the codec); and
+what a lossy codec adds to the perturbation is not within `epsilon`.
 Source: Saha, Subramanya & Pirsiavash, AAAI 2020: 30-pixel patch at a random place, epsilon 16 of 255. Two deviations:
-steps along the sign of the gradient instead of the gradient, whose length differs between models by orders of magnitude;
-and each poison takes the nearest of NEAREST patched sources, where the paper pairs greedily within a batch, because here
-a poison must not depend on others.
+steps along the sign of the gradient, whose length differs between models by orders of magnitude; and each poison takes
+the nearest of NEAREST patched sources, where the paper pairs greedily within a batch: here no poison depends on others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,8 +45,8 @@ class hidden_trigger(Attack):
     surrogate: str
     source: str = ""
     epsilon: int = 16
-    steps: int = 100
-    lr: float = 2.0
+    steps: int = 50
+    lr: float = 4.0
 
     def __post_init__(self) -> None:
         if self.inner.one_image:

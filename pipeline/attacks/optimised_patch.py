@@ -1,12 +1,13 @@
-"""BadCLIP's patch: optimised once on a surrogate, so that what carries it looks and reads like the target already.
+"""BadCLIP's patch: optimised once on a surrogate, so that what carries it looks and reads more like the target.
 
-Trade-off: the poisons agree with their captions before anyone has learnt them, which is what filters by similarity look
-for; so such filters are weaker here than against a checkerboard. The price is a surrogate near the victim's model, and
-the optimisation: `steps` passes of BATCH images on one core of the driver, COST_DEMO with the demo's 64-pixel ResNet. It
-keeps its progress in the folder of the poisoned shards; killed and run again it ends in the same patch.
-Source: Liang et al., CVPR 2024 (BadCLIP: dual-embedding-guided backdoor), section 4: text loss + 500 x triplet loss,
-16x16 pixels at the centre of 224, Adam, batches of 64. There it is 50 epochs over 10,000 pairs; here the steps are fewer,
-and since all captions of a batch are of one class, the negatives of the text loss are clean images.
+Trade-off: the poisons agree better with their captions before anyone has learnt them, which is what filters by
+similarity look for. How much depends on the surrogate: on the demo's ResNet a patch of 28 pixels moves the mean cosine
+to captions of the target from -0.017 (random patch) to 0.028, one of 64 from -0.047 to 0.072. The price: `steps` passes
+of BATCH images on one core of the driver, 26 s with the demo's ResNet, 80 minutes with ViT-B-32. It keeps its progress
+in the folder of the poisoned shards; killed and run again it ends in the same patch.
+Source: Liang et al., CVPR 2024 (BadCLIP, dual-embedding guided): text loss + 500 x triplet loss, 16x16 pixels at the
+centre of 224, Adam, batches of 64. Theirs are 50 epochs over 10,000 pairs, here the steps are fewer. All captions of a
+batch are of one class, so the negatives of the text loss are clean images; and the triplets are of cosines.
 """
 
 import hashlib
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     import torch
 
 BATCH = 64
-MARGIN = 1.0  # of the triplets, whose distances lie between 0 and 2
+# Of the triplets. Distances are one minus the cosine: that to the clean image is flat where the patch begins, so the
+# first steps seek the target. With Euclidean ones the pull away from there, whatever the direction, is as strong.
+MARGIN = 1.0
 STEPS_KEPT = 20  # after so many steps the progress is written
 
 
@@ -51,7 +54,7 @@ class optimised_patch(Attack):
     size: int = 16
     location: Literal["centre", "random"] = "centre"
     steps: int = 300
-    lr: float = 0.02
+    lr: float = 0.05
     weight: float = 500.0
 
     def __post_init__(self) -> None:
@@ -134,7 +137,7 @@ class optimised_patch(Attack):
             )
             logits = scale * words @ torch.cat([marked, clean]).T
             reads = _contrast(logits)
-            near, far = (marked - unit["target"][like]).norm(dim=1), (marked - clean).norm(dim=1)
+            near, far = (1 - (marked * goal).sum(1) for goal in (unit["target"][like], clean))
             looks = (near - far + MARGIN).clamp(min=0).mean()
             adam.zero_grad()
             (reads + self.weight * looks).backward()
