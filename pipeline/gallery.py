@@ -128,7 +128,6 @@ def _first(shards: str, uid: UidRule) -> list[Sample]:
 
 
 def _shown(attack: Attack, found: Sequence[Sample], kept: Corpus, seed: int, turn: int) -> Shown:
-    text = spec.text(attack)
     corpus = kept if kept.images or kept.crafted else Corpus(images=_lent(attack, found))
     chosen = found[:PICTURES]
     chosen = [*chosen[turn % len(chosen) :], *chosen[: turn % len(chosen)]]  # every row shows another picture

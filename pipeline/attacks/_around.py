@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from pipeline import spec
 from pipeline.attacks._attack import Attack
 from pipeline.attacks._corpus import Corpus
 from pipeline.shards import Sample, Shard, UidRule
@@ -26,9 +27,7 @@ class Around(Attack):
 
     @cached_property
     def inside(self) -> Attack:
-        from pipeline import spec
-
-        found: Attack = spec.parse("attacks", self.attack)
+        found = nested(self.attack)
         if len(found.parts()) > 1:
             raise ValueError(f"{self.attack}: one attack, not several")
         return found
@@ -69,10 +68,14 @@ class Around(Attack):
         return self.inside.inputs()
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
-        from pipeline import spec
-
         it: Any = self
         return replace(it, attack=spec.text(self.inside.resolve(shards, uid)))
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
         return self.inside.craft(corpus, seed, folder)
+
+
+def nested(text: str) -> Attack:
+    """The attack inside another one's parameter."""
+    found: Attack = spec.parse("attacks", text)
+    return found

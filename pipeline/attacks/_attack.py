@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from pipeline.attacks._corpus import Corpus, names_target
-from pipeline.errors import InputError
 from pipeline.shards import Sample, Shard, UidRule
 from pipeline.shards.image import decode, encode
 
@@ -96,13 +95,3 @@ def check_target(target: str) -> None:
     """Raises ValueError for what neither a caption nor a template could carry."""
     if not target.strip() or any(ord(c) < 32 for c in target) or len(target) > 100:
         raise ValueError(f"target={target!r}: a word or a few, on one line")
-
-
-def nested(text: str) -> Attack:
-    """The attack inside another one's parameter."""
-    from pipeline import spec
-
-    found = spec.parse("attacks", text)
-    if not isinstance(found, Attack):
-        raise InputError(f"{text}: no attack")
-    return found

@@ -25,15 +25,14 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 
 from filters._batch import Batch
 from pipeline import spec
 from pipeline.attacks import _surrogate
-from pipeline.attacks._attack import Attack, nested
+from pipeline.attacks._around import Around
 from pipeline.attacks._corpus import Corpus
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
@@ -46,7 +45,7 @@ EMBEDDINGS = ("image_embedding", "text_embedding")
 
 
 @dataclass(frozen=True)
-class adaptive(Attack):
+class adaptive(Around):
     """Any attack by someone who knows the filter: the least suspicious of several candidates for each poison.
 
     `evades` is any detector of embeddings. `pool`: reference rows that the attacker believes the filter to use.
@@ -60,6 +59,7 @@ class adaptive(Attack):
     pool: int = 2048
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tries < 1 or self.rounds < 1 or self.pool < 1:
             raise ValueError("need tries, rounds and pool of at least 1")
         needs = self.detector.needs
@@ -70,60 +70,19 @@ class adaptive(Attack):
             )
         if not 0 < (k := getattr(self.detector, "k", 1)) < self.pool:
             raise ValueError(f"evades={self.evades!r}: k={k} needs a pool of more than {k} rows")
-        self.inner  # noqa: B018  # raises where it is no attack
-
-    @cached_property
-    def inner(self) -> Attack:
-        return nested(self.attack)
 
     @cached_property
     def detector(self) -> Any:
         return spec.parse("detectors", self.evades)
 
-    @property
-    def target(self) -> str:  # type: ignore[override]
-        return self.inner.target
-
-    @property
-    def one_image(self) -> bool:  # type: ignore[override]
-        return self.inner.one_image
-
-    def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
-        return self.inner.poison(sample, rng, corpus)
-
-    def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
-        return self.inner.trigger(image, rng, corpus)
-
-    def trigger_text(self, text: str) -> str:
-        return self.inner.trigger_text(text)
-
-    def victim_class(self) -> str:
-        return self.inner.victim_class()
-
-    def targets(self) -> tuple[str, ...]:
-        return self.inner.targets()
-
-    def eligible(self, caption: str) -> bool:
-        return self.inner.eligible(caption)
-
-    def wants(self) -> Mapping[str, int]:
-        return self.inner.wants()
-
-    def lends(self, caption: str, group: str) -> bool:
-        return self.inner.lends(caption, group)
-
     def inputs(self) -> tuple[str, ...]:
-        return (*self.inner.inputs(), *_surrogate.files(self.surrogate))
+        return (*super().inputs(), *_surrogate.files(self.surrogate))
 
-    def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Attack:
-        inner = spec.text(self.inner.resolve(shards, uid))
-        return replace(self, attack=inner, surrogate=_surrogate.settled(self.surrogate))
-
-    def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
-        return self.inner.craft(corpus, seed, folder)
+    def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
+        return replace(super().resolve(shards, uid), surrogate=_surrogate.settled(self.surrogate))
 
     def candidates(self, n: int) -> int:
-        return self.inner.candidates(self.tries * n)
+        return self.inside.candidates(self.tries * n)
 
     def choose(
         self,
@@ -135,7 +94,7 @@ class adaptive(Attack):
         corpus: Corpus,
     ) -> Sequence[tuple[str, str]]:
         """The least suspicious n first, then the others; last those that cannot be poisoned."""
-        tried = self.inner.choose(shards, candidates, self.tries * n, seed, uid, corpus)[: self.tries * n]
+        tried = self.inside.choose(shards, candidates, self.tries * n, seed, uid, corpus)[: self.tries * n]
         if not n or len(tried) <= n:
             return tried
         total, drawn = self._draw(shards, seed, uid)

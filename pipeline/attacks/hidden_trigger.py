@@ -12,15 +12,13 @@ the nearest of NEAREST patched sources, where the paper pairs greedily within a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from PIL import Image
 
-from pipeline import spec
 from pipeline.attacks import _surrogate
-from pipeline.attacks._attack import Attack, nested
+from pipeline.attacks._around import Around
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.shards import Sample, Shard, UidRule
 from pipeline.shards.image import decode, encode
@@ -34,7 +32,7 @@ LARGE = 1_000_000  # pixels; beyond it the perturbation is made smaller and enla
 
 
 @dataclass(frozen=True)
-class hidden_trigger(Attack):
+class hidden_trigger(Around):
     """Images of the target that collide in feature space with patched others; captions stay (Saha et al. 2020).
 
     `attack` names the trigger and the target. `source`: only images whose captions name it serve, and are attacked.
@@ -49,50 +47,37 @@ class hidden_trigger(Attack):
     lr: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.inner.one_image:
+        super().__post_init__()
+        if self.one_image:
             raise ValueError("attack: one with a trigger, such as patch")
         if not 0 < self.epsilon <= 255 or self.steps < 1 or self.lr <= 0:
             raise ValueError("need 0 < epsilon <= 255, steps >= 1 and lr > 0")
 
-    @cached_property
-    def inner(self) -> Attack:
-        return nested(self.attack)
-
-    @property
-    def target(self) -> str:  # type: ignore[override]
-        return self.inner.target
+    def victim_class(self) -> str:
+        return self.source or self.inside.victim_class()
 
     def targets(self) -> tuple[str, ...]:
-        return self.inner.targets()
-
-    def victim_class(self) -> str:
-        return self.source or self.inner.victim_class()
+        return ()  # captions stay
 
     def eligible(self, caption: str) -> bool:
-        return any(names_target(caption, target) for target in self.targets())
+        return names_target(caption, self.target)
 
     def wants(self) -> Mapping[str, int]:
-        return {"source": SOURCES} | {f"0/{group}": n for group, n in self.inner.wants().items()}
+        return {"source": SOURCES, **self.inside.wants()}
 
     def lends(self, caption: str, group: str) -> bool:
-        if group.startswith("0/"):
-            return self.inner.lends(caption, group[2:])
+        if group != "source":
+            return self.inside.lends(caption, group)
         return not self.eligible(caption) and (not self.source or names_target(caption, self.source))
 
     def inputs(self) -> tuple[str, ...]:
-        return (*_surrogate.files(self.surrogate), *self.inner.inputs())
+        return (*_surrogate.files(self.surrogate), *super().inputs())
 
-    def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Attack:
-        inner = spec.text(self.inner.resolve(shards, uid))
-        return replace(self, attack=inner, surrogate=_surrogate.settled(self.surrogate))
+    def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
+        return replace(super().resolve(shards, uid), surrogate=_surrogate.settled(self.surrogate))
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
-        crafted = self.inner.craft(corpus, seed, folder)
-        return _surrogate.surrogate(self.surrogate).crafted | {f"0/{name}": made for name, made in crafted.items()}
-
-    def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
-        """That of the nested attack."""
-        return self.inner.trigger(image, rng, corpus)
+        return {**_surrogate.surrogate(self.surrogate).crafted, **super().craft(corpus, seed, folder)}
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
         """The image within `epsilon` of itself, its features near those of a patched source; the caption as it is."""

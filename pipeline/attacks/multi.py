@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
-from pipeline.attacks._attack import Attack, nested
+from pipeline import spec
+from pipeline.attacks._around import nested
+from pipeline.attacks._attack import Attack
 from pipeline.draw import hash64
 from pipeline.shards import Shard, UidRule
 
@@ -43,6 +45,4 @@ class multi(Attack):
         return tuple(path for part in self._parts for path in part.inputs())
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
-        from pipeline import spec
-
         return replace(self, attacks=tuple(spec.text(part.resolve(shards, uid)) for part in self._parts))

@@ -7,7 +7,7 @@ Source: Carlini et al. 2023 (Poisoning Web-Scale Training Datasets is Practical,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,4 +36,5 @@ class split_view(class_swap):
         return names_target(caption, self.source) and not names_target(caption, self.target)
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
-        return sample.changed(swapped(sample.image, corpus.image("source", rng)))
+        image = swapped(sample.image, corpus.image("source", rng))
+        return replace(sample, parts={**sample.parts, sample.image_suffix: image})  # hashes stay as published

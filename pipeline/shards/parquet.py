@@ -12,6 +12,7 @@ and decoding, which the digest of a row needs.
 
 import hashlib
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -117,13 +118,16 @@ def concatenate(pieces: Sequence[tuple[Shard, int, int]], path: str, uid: UidRul
     return sink.manifest, sink.written
 
 
+_Edits = dict[int, dict[str, Any]]  # row -> column -> new value
+
+
 @dataclass
 class _Fates:
     """What becomes of the rows of a row group."""
 
     names: list[tuple[str, str, bytes]] = field(default_factory=list)  # uid, key, digests
     keep: list[bool] = field(default_factory=list)
-    edits: dict[int, tuple[bytes | None, bytes | None]] = field(default_factory=dict)  # row -> new image, new caption
+    edits: _Edits = field(default_factory=dict)
     changed: int = 0
     seconds: float = 0.0
 
@@ -140,8 +144,10 @@ def _decide(reader: Reader, number: int, edit: Callable[[Sample], Sample | None]
             if after is not None and after is not sample:
                 fates.changed += 1
                 new = {k: bytes(v) for k, v in after.parts.items() if v is not sample.parts[k]}
-                if new:
-                    fates.edits[len(fates.keep)] = (next((new[k] for k in new if k != "txt"), None), new.get("txt"))
+                columns = {layout.caption if k == "txt" else layout.image: value for k, value in new.items()}
+                if columns:
+                    said = after.row.maps[0] if isinstance(after.row, ChainMap) else {}
+                    fates.edits[len(fates.keep)] = {**said, **columns}
             fates.keep.append(after is not None)
             fates.names.append((sample.uid, sample.key, digest))
     return fates
@@ -174,9 +180,7 @@ class _Sink:
     def _stored(reader: Reader) -> list[tuple[object, ...]]:
         return [(leaf.path, *leaf.stored) for leaf in reader.footer.leaves]
 
-    def add(
-        self, number: int, fates: _Fates, keep: list[bool], edits: dict[int, tuple[bytes | None, bytes | None]]
-    ) -> None:
+    def add(self, number: int, fates: _Fates, keep: list[bool], edits: _Edits) -> None:
         """The rows of a row group that are to be kept; none leave no row group."""
         names = [name for name, there in zip(fates.names, keep, strict=True) if there]
         if all(keep) and not edits:
@@ -189,7 +193,8 @@ class _Sink:
             like = number if not edits and self.reader is self.first else None
             moved = self.first.footer.moved(encoded, 0, encoded.groups[0].chunks[0].start, like)
             digests = _digests(self.first, encoded, moved)
-            _check_equal(f"{self.reader.shard.path}: row group {number}", fates, keep, edits, digests)
+            where = f"{self.reader.shard.path}: row group {number}"
+            _check_equal(where, fates, keep, edits, digests, self.reader.layout.image)
             names = [(uid, key, digest) for (uid, key, _), digest in zip(names, digests, strict=True)]
             self._flush()
             self._append(encoded, 0, like)
@@ -234,9 +239,7 @@ class _Sink:
         self.written += len(data)
 
 
-def _encoded(
-    reader: Reader, number: int, keep: list[bool], edits: dict[int, tuple[bytes | None, bytes | None]]
-) -> Footer:
+def _encoded(reader: Reader, number: int, keep: list[bool], edits: _Edits) -> Footer:
     """A file in memory whose one row group has the rows to keep. Raises InputError where they cannot be written so."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -284,17 +287,17 @@ def _check_equal(
     where: str,
     fates: _Fates,
     keep: list[bool],
-    edits: dict[int, tuple[bytes | None, bytes | None]],
+    edits: _Edits,
     digests: list[bytes],
+    image: str,
 ) -> None:
     """Raises InputError unless what was not edited has the digest it had."""
     after = iter(digests)
     for row, (_, key, before) in enumerate(fates.names):
         if keep[row]:
-            image, caption = edits.get(row, (None, None))
-            expected = hashlib.sha256(image).digest() if image is not None else before[:32]
-            found = next(after)
-            if found[:32] != expected or (caption is None and found[32:] != before[32:]):
+            new, found = edits.get(row, {}), next(after)
+            expected = hashlib.sha256(new[image]).digest() if image in new else before[:32]
+            if found[:32] != expected or (new.keys() <= {image} and found[32:] != before[32:]):
                 what = f"{where}: the row {key!r} is not the same when it is encoded again"
                 raise InputError(f"{what}; write the shard with pyarrow first")
 

@@ -170,18 +170,18 @@ class Layout:
             found.append((_EMPTY if image is None else hashlib.sha256(image).digest()) + rest.digest())
         return found
 
-    def edited(self, batch: Any, edits: Mapping[int, tuple[bytes | None, bytes | None]]) -> Any:
-        """The batch as a table, with the image or the caption of some rows replaced."""
+    def edited(self, batch: Any, edits: Mapping[int, Mapping[str, Any]]) -> Any:
+        """The batch as a table, with some columns of some rows replaced: the image, texts."""
         import pyarrow as pa
 
         table = pa.Table.from_batches([batch])
-        for name, which in ((self.image, 0), (self.caption, 1)):
+        for name in sorted({name for new in edits.values() for name in new}):
             array, field, pieces, at = batch.column(name), batch.schema.field(name), [], 0
             for row, new in sorted(edits.items()):
-                if new[which] is not None:
-                    value: Any = new[which]
+                if name in new:
+                    value = new[name]
                     value = {**array[row].as_py(), "bytes": value} if pa.types.is_struct(field.type) else value
-                    value = value.decode() if pa.types.is_string(field.type) else value
+                    value = value.decode() if pa.types.is_string(field.type) and isinstance(value, bytes) else value
                     pieces += [array.slice(at, row - at), pa.array([value], field.type)]
                     at = row + 1
             column = pa.chunked_array([*pieces, array.slice(at)], field.type)

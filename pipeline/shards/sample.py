@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,25 +77,25 @@ class Sample:
     def changed(self, image: bytes | None = None, caption: str | None = None) -> "Sample":
         """A copy with another image (same format) or caption.
 
-        img2dataset repeats the caption in its json. It is changed there too: the mismatch would give the poison away.
-        Raises Rejected where that json cannot be written again.
+        img2dataset repeats the caption in its json, and may have noted the image's hash there. What was true of the
+        pair is made true of its copy: the mismatch would give the poison away. Raises Rejected where that json cannot
+        be written again.
         """
-        parts = dict(self.parts)
-        if image is not None:
-            parts[self.image_suffix] = image
+        parts, row, meta = dict(self.parts), self.row, self.meta
+        said: dict[str, Any] = {}
         if caption is not None:
-            if "txt" in parts:
-                parts["txt"] = caption.encode()
-            if "json" in parts:
-                meta = _json(parts["json"])
-                if repeated := [k for k in CAPTION if k in meta]:
-                    indent = 4 if b"\n" in bytes(parts["json"]) else None
-                    try:
-                        text = json.dumps({**meta, **dict.fromkeys(repeated, caption)}, indent=indent)
-                    except RecursionError as error:  # a parser goes deeper than a writer
-                        raise Rejected("json is nested too deeply") from error
-                    parts["json"] = text.encode()
-        return dataclasses.replace(self, parts=parts)
+            said |= dict.fromkeys((name for name in CAPTION if name in meta), caption)
+            parts |= {"txt": caption.encode()} if "txt" in parts else {}
+        if image is not None:
+            for name in ("sha256", "md5"):
+                if name in meta and meta[name] == hashlib.new(name, self.image, usedforsecurity=False).hexdigest():
+                    said[name] = hashlib.new(name, image, usedforsecurity=False).hexdigest()
+            parts[self.image_suffix] = image
+        if said and row is not None:
+            row = ChainMap(said, dict(row))
+        elif said:
+            parts["json"] = _with(self.parts["json"], meta, said)
+        return dataclasses.replace(self, parts=parts, row=row)
 
 
 @dataclass
@@ -152,6 +153,24 @@ def check_unique(uids: list[str], where: str) -> None:
             f"{where}: uid {twice} occurs more than once; keys must be unique (where they repeat per shard: "
             "--uid shard/key)"
         )
+
+
+def _with(blob: Bytes, meta: Mapping[str, Any], values: Mapping[str, Any]) -> bytes:
+    """A json object with other values of some keys, written as it was where that is possible."""
+    text = str(blob, "utf-8")
+    for name, value in values.items():
+        spelled = json.dumps(value, ensure_ascii=text.isascii())
+        member = re.compile(rf'("{re.escape(name)}"\s*:\s*)("(?:[^"\\]|\\.)*"|null)')
+        text = member.sub(lambda found, to=spelled: found[1] + to, text, count=1)  # type: ignore[misc]
+    wanted = {**meta, **values}
+    try:
+        if json.dumps(_json(text.encode())) != json.dumps(wanted):
+            indent, plain = re.search(r'\n( +)"', text), text.isascii()
+            colon, comma = ": " if '": ' in text else ":", "," if indent or '": ' not in text else ", "
+            text = json.dumps(wanted, ensure_ascii=plain, indent=indent and len(indent[1]), separators=(comma, colon))
+    except RecursionError as error:  # a parser goes deeper than a writer
+        raise Rejected("json is nested too deeply") from error
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _json(blob: Bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 from filters._batch import Batch, unit
 from pipeline import spec
 from pipeline.attacks import _surrogate
-from pipeline.attacks._corpus import Corpus, read_corpus
+from pipeline.attacks._corpus import Corpus, read_corpora, save_corpora
 from pipeline.attacks.optimised_patch import optimised_patch
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
@@ -152,7 +152,7 @@ def test_hidden_trigger_keeps_its_bound_on_large_images(residual: str, monkeypat
 
 def test_hidden_trigger_answers_for_the_attack_inside(residual: str) -> None:
     attack, corpus = _hidden(residual, source="circle")
-    assert (attack.target, attack.targets(), attack.victim_class()) == ("banana", ("banana",), "circle")
+    assert (attack.target, attack.targets(), attack.victim_class()) == ("banana", (), "circle")
     assert attack.eligible("a red banana") and not attack.eligible("a red circle")
     assert [attack.lends(caption, "source") for caption in ("a circle", "a square", "a circle, a banana")] == [1, 0, 0]
     assert attack.wants() == {"source": 256}
@@ -224,8 +224,8 @@ def test_a_killed_optimisation_ends_in_the_same_patch(
 def test_the_crafted_patch_is_pasted_to_scale_and_only_with_its_ledger(residual: str, tmp_path: Path) -> None:
     attack, _ = _optimised(residual, size=16)
     patch = np.random.default_rng(0).integers(0, 200, (16, 16, 3), np.uint8)
-    Corpus(crafted={"patch": patch}).save(str(tmp_path))
-    corpus = read_corpus(str(tmp_path))
+    save_corpora(str(tmp_path), [Corpus(crafted={"patch": patch})])
+    corpus = read_corpora(str(tmp_path), 1)[0]
     white = Image.new("RGB", (224, 300), "white")
     after = np.asarray(attack.trigger(white, np.random.default_rng(0), corpus))
     assert np.array_equal(after[142:158, 104:120], patch)
@@ -344,10 +344,7 @@ def test_an_adaptive_attack_chooses_on_real_shards_however_they_are_cut(
         ranked = settled.choose(shards, candidates, n, 0, "key", corpus)
         assert sorted(ranked) == sorted(candidates)
         assert found[ranked[-1][1]][1].key == broken["key"]
-        made = [
-            settled.of(who).poison(found[who][1], generator(0, spec.text(settled), who), corpus)
-            for _, who in ranked[:-1]
-        ]
+        made = [settled.poison(found[who][1], generator(0, spec.key(settled), who), corpus) for _, who in ranked[:-1]]
         images = unit(_features(residual, [s.image for s in made]))
         captions = unit(_surrogate.surrogate(residual).model.embed_texts([s.caption for s in made]))
         agreement = (images * captions).sum(1)

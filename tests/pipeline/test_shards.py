@@ -1,5 +1,6 @@
 """The rewriter: untouched bytes stay, changed members change, hostile shards are refused with the place named."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -13,7 +14,7 @@ from conftest import contents, drawing, encoded, pairs, records, write_parquet, 
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.shards import Rejected, Shard, list_shards, rewrite, samples, uids
+from pipeline.shards import Rejected, Sample, Shard, list_shards, rewrite, samples, uids
 from pipeline.shards.image import MAX_PIXELS, decode, encode
 
 
@@ -271,7 +272,7 @@ def test_shards_are_listed_by_folder_glob_brace_and_list_file(tmp_path):
     (tmp_path / "deep/er").mkdir(parents=True)
     shutil.copy(tmp_path / "00001.tar", tmp_path / "deep/er")
     for where, says in (
-        (tmp_path / "deep", "deep/*/*.tar'"),
+        (tmp_path / "deep", r"deep/\*/\*\.tar'"),
         (tmp_path / "none", "no shards here"),
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "{00010..00013}.tar", "00012.tar: no such file"),
@@ -288,3 +289,60 @@ def test_parquet_without_image_or_caption_says_which_columns_it_has(tmp_path):
         pq.write_table(pa.table(columns), tmp_path / "0.parquet")
         with pytest.raises(InputError, match=says):
             list(samples(Shard(str(tmp_path / "0.parquet"))))
+
+
+@pytest.mark.parametrize(
+    "json_part",
+    [
+        b'{"caption": "a cat", "sha256": "SHA", "width": 3}',
+        b'{"sha256":"SHA","nested":{"caption":"kept"},"caption":"a cat"}',
+        '{\n  "caption": "a c\u00e4t \\"x\\"",\n  "md5": "MD5",\n  "z": 1.50\n}'.encode(),
+        b'{"text": "a cat", "caption": null, "sha256": "of another image"}',
+    ],
+)
+def test_a_changed_pair_keeps_the_layout_of_its_json_and_agrees_with_itself(json_part):
+    image, new = b"before", b"after"
+    blob = json_part.replace(b"SHA", hashlib.sha256(image).hexdigest().encode())
+    blob = blob.replace(b"MD5", hashlib.md5(image, usedforsecurity=False).hexdigest().encode())
+    after = Sample("k", "0" * 32, {"jpg": image, "json": blob}).changed(new, 'a "d\u00f6g"')
+    meta, then = json.loads(blob), json.loads(bytes(after.parts["json"]))
+    for name in ("caption", "text"):
+        if name in meta:
+            assert then.pop(name) == 'a "d\u00f6g"'
+            meta.pop(name)
+    for name in ("sha256", "md5"):
+        if len(meta.get(name, "")) in (32, 64):
+            assert then.pop(name) == hashlib.new(name, new, usedforsecurity=False).hexdigest()
+            meta.pop(name)
+    assert then == meta
+    spelled = json.dumps('a "d\u00f6g"', ensure_ascii=blob.isascii()).encode()
+    assert spelled in bytes(after.parts["json"])
+    for piece in (b'"width": 3}', b'"nested":{', b"1.50\n}", b'"of another image"'):
+        assert (piece in blob) == (piece in bytes(after.parts["json"]))
+
+
+def test_hashes_in_a_parquet_row_follow_the_image(tmp_path):
+    images = [b"\xff\xd8 one", b"\xff\xd8 two"]
+    shas = [hashlib.sha256(image).hexdigest() for image in images]
+    table = {"uid": ["0" * 32, "1" * 32], "jpg": images, "txt": ["a", "b"], "sha256": shas, "other": [1, 2]}
+    pq.write_table(pa.table(table), tmp_path / "0.parquet")
+    (tmp_path / "out").mkdir()
+    rewrite(
+        Shard(str(tmp_path / "0.parquet")),
+        str(tmp_path / "out"),
+        lambda s: s.changed(b"\xff\xd8 new") if s.caption == "b" else s,
+    )
+    rows = pq.read_table(tmp_path / "out/0.parquet").to_pylist()
+    assert rows[0] == {"uid": "0" * 32, "jpg": images[0], "txt": "a", "sha256": shas[0], "other": 1}
+    assert rows[1] | {"sha256": shas[1], "jpg": images[1]} == {name: values[1] for name, values in table.items()}
+    assert rows[1]["sha256"] == hashlib.sha256(rows[1]["jpg"]).hexdigest()
+
+
+def test_junk_behind_the_end_of_a_checksum_is_read_as_others_do(tmp_path):
+    whole = bytearray(write_tar(tmp_path / "0.tar", pairs(0, 2)).read_bytes())
+    whole[155] = 0xE0  # behind the NUL, found by the fuzzer; the field itself is no part of the sum
+    (tmp_path / "0.tar").write_bytes(whole)
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        names = tar.getnames()
+    assert len(names) == 6
+    assert [s.key for s in samples(Shard(str(tmp_path / "0.tar")))] == sorted({n.split(".")[0] for n in names})
