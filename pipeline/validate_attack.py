@@ -26,7 +26,7 @@ from pipeline.errors import InputError
 from pipeline.plan import Dose
 from pipeline.poison import poison
 from pipeline.progress import console
-from pipeline.shard_map import each
+from pipeline.shard_map import code_digest, each
 from pipeline.shards import list_shards
 from pipeline.shards.store import absolute, make_folder, whole, write
 from train.metrics import wilson
@@ -137,7 +137,7 @@ class _Trial:
             uid=plan.uid,
         )
         facts = {"attack": self.named, "spec": attack, "arm": arm, "dose": self.dose, "seed": self.seed}
-        facts |= {"poisons": total["poisoned"] if arm == "poisoned" else 0, "ppm": total["ppm"]}
+        facts |= {"poisons": total["poisoned"] if arm == "poisoned" else 0, "code": code_digest()}
         return facts | json.loads(Path(out, "evaluation.json").read_text())["metrics"]
 
 
