@@ -69,7 +69,7 @@ class Around(Attack):
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
         it: Any = self
-        return replace(it, attack=spec.text(self.inside.resolve(shards, uid)))
+        return replace(it, attack=spec.key(self.inside.resolve(shards, uid)))
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
         return self.inside.craft(corpus, seed, folder)

@@ -45,4 +45,4 @@ class multi(Attack):
         return tuple(path for part in self._parts for path in part.inputs())
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
-        return replace(self, attacks=tuple(spec.text(part.resolve(shards, uid)) for part in self._parts))
+        return replace(self, attacks=tuple(spec.key(part.resolve(shards, uid)) for part in self._parts))

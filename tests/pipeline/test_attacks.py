@@ -108,7 +108,7 @@ def test_the_job_poisons_exactly_the_dose_and_nothing_else(name, clean, tmp_path
     poison(str(clean), str(out), attack=text, dose="6", seed=3)
     rows = {row["uid"]: row for row in pq.read_table(out / "ledger.parquet").to_pylist()}
     assert len(rows) == 6
-    attack = spec.parse("attacks", text)
+    attack = spec.parse("attacks", text).resolve([], "key")
     digest = {}
     for shard in sorted(clean.glob("*.tar")):
         before, after = records(shard), records(out / shard.name)
