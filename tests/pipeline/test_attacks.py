@@ -144,9 +144,9 @@ def test_the_same_pairs_whatever_the_sharding(name, clean, tmp_path):
 def test_parquet_shards_are_poisoned_alike(tmp_path):
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in/0.parquet", pairs(0, 40))
-    poison(str(tmp_path / "in"), str(tmp_path / "out"), attack=text_of("multi"), dose="5")
+    poison(str(tmp_path / "in"), str(tmp_path / "out"), attack=text_of("multi"), dose="12")
     rows = pq.read_table(tmp_path / "out/ledger.parquet").to_pylist()
-    assert len(rows) == 5
+    assert len(rows) == 12
     assert len({row["attack"] for row in rows}) == 2
 
 

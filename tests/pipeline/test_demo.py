@@ -21,7 +21,7 @@ def circle(tmp_path_factory):
     for i in range(2):
         write_tar(folder / f"mine/{i:05d}.tar", pairs(300 * i, 300 * i + 300))
     out = folder / "out"
-    assert demo(str(out), size="debug", shards=str(folder / "mine"), dose="10%") == 0
+    assert demo(str(out), size="debug", shards=str(folder / "mine"), dose="20%") == 0
     return folder
 
 
@@ -37,15 +37,17 @@ def test_every_arm_and_detector_is_in_the_tables(circle):
         assert 0 < row["asr_text_n"] <= row["zeroshot_top1_n"]
         assert row["samples"] + row["removed"] == arms["samples"][0]
     oracle = detectors.filter(pl.col("detector") == "oracle()").to_dicts()[0]
-    assert (oracle["auroc"], oracle["recall_at_10"]) == (1.0, 1.0)
+    assert oracle["auroc"] == 1.0
+    assert oracle["recall_at_10"] == pytest.approx(0.5, abs=0.01)  # a fifth of the pairs is poison
 
 
 def test_the_oracle_removes_all_poison_and_the_control_about_its_share(circle):
     arms = {row["arm"]: row for row in pl.read_parquet(circle / "out/results.parquet").to_dicts()}
-    assert arms["undefended"]["poisons_left"] == arms["undefended"]["poisons_in"] == 54
+    n = arms["undefended"]["poisons_in"]
+    assert n == round(arms["undefended"]["samples"] / 5)
+    assert arms["undefended"]["poisons_left"] == arms["oracle"]["removed"] == n
     assert arms["oracle"]["poisons_left"] == 0
-    assert arms["oracle"]["removed"] == 54
-    assert 40 <= arms["random"]["poisons_left"] <= 54
+    assert 0.8 * n <= arms["random"]["poisons_left"] < n
 
 
 def test_the_backdoor_is_learnt_and_goes_with_the_poison(circle):
@@ -74,7 +76,7 @@ def test_stock_open_clip_loads_a_checkpoint_and_its_loader_reads_the_kept_shards
 
 def test_a_second_run_finds_all_done(circle, capsys):
     before = {p: p.stat().st_mtime_ns for p in (circle / "out").rglob("*.safetensors")}
-    assert demo(str(circle / "out"), size="debug", shards=str(circle / "mine"), dose="10%") == 0
+    assert demo(str(circle / "out"), size="debug", shards=str(circle / "mine"), dose="20%") == 0
     assert {p: p.stat().st_mtime_ns for p in (circle / "out").rglob("*.safetensors")} == before
     said = capsys.readouterr().err
     assert said.count("2 of 2 shards are done already") >= 5
