@@ -137,7 +137,7 @@ class Run:
             str(folder / "evaluation"),
             shards=self.plan.evaluation,
             classes=self.plan.classes,
-            attack=self.attack,
+            attack=json.loads((Path(self.poisoned) / "dataset.json").read_text())["spec"]["attack"],
             seed=self.seed,
             reference=self.plan.reference or self.plan.shards,
             ledger=ledger.ledger_path(self.poisoned),

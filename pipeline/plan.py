@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pipeline import spec
 from pipeline.attacks._attack import Attack
 from pipeline.attacks._corpus import CORPUS, Corpus, names_target, read_corpora, save_corpora
-from pipeline.draw import hash64
+from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shard_map import code_digest, each
-from pipeline.shards import Rejected, Shard, UidRule, samples
+from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
 from pipeline.shards.image import decode, encode
 from pipeline.shards.store import exists, join, remove, stamp, view, write
 
 CAPTIONS = 10_000  # of a target, kept for drawing: enough for variety, small enough to send to every worker
-SPARE = 64  # candidates beyond the dose, for those whose image turns out to be broken
+SPARE = 64  # candidates beyond the dose, at least; a tenth of it, for those whose image turns out to be broken
 PLAN = "plan.json"
 _Candidate = tuple[int, str, str]  # hash, shard name, uid
 
@@ -100,7 +100,7 @@ def make_plan(
     ranked = attack.choose(shards, known[: attack.candidates(n)], n, seed, uid, corpora[0])
     later = set(ranked)
     ranked = [*ranked, *(candidate for candidate in known if candidate not in later)]
-    plan = Plan(attack, _usable(shards, ranked, n, uid), corpora)
+    plan = Plan(attack, _usable(shards, ranked, n, uid, _Triggered(attack, seed, corpora)), corpora)
     if any(corpus.images or corpus.crafted for corpus in corpora):
         save_corpora(out, corpora)
     else:
@@ -147,7 +147,7 @@ def _corpus(shards: list[Shard], part: Attack, i: int, total: "_Survey", seed: i
         found: dict[str, bytes] = {}
         for at in range(0, len(lenders), n):
             if len(found) < n:
-                found |= _look(shards, lenders[at : at + n], uid, keep=True)
+                found |= _look(shards, lenders[at : at + n], uid)
         if not found:
             raise InputError(f"{spec.text(part)} needs images of the dataset for {group!r}, but no caption qualifies")
         images[group] = tuple(found[who] for _, who in lenders if who in found)[:n]
@@ -199,7 +199,7 @@ def _survey(shards: list[Shard], look: "_Surveyor", max_failed: int) -> _Survey:
         if len(found.smallest) < found.eligible:
             complete_to = min(complete_to, found.smallest[-1][0])
         if dose.count is not None:
-            total.smallest = heapq.nsmallest(look.attack.candidates(dose.count) + SPARE, total.smallest)
+            total.smallest = heapq.nsmallest(_with_spare(look.attack, dose.count), total.smallest)
     if len(failures) > max(max_failed, 0):
         raise InputError("the dose cannot be exact while shards are unreadable:\n  " + "\n  ".join(failures))
     if failures:
@@ -255,13 +255,20 @@ class _Surveyor:
         found.eligible = len(found.smallest)
         found.smallest.sort()
         if not self.all:
-            del found.smallest[self.attack.candidates(self.dose.at_most(found.read)) + SPARE :]
+            del found.smallest[_with_spare(self.attack, self.dose.at_most(found.read)) :]
         found.trim(self.lent)
         return found
 
 
-def _usable(shards: list[Shard], ranked: Sequence[tuple[str, str]], n: int, uid: UidRule) -> list[tuple[str, str]]:
-    """The first n whose image can be decoded and encoded again."""
+def _with_spare(attack: Attack, n: int) -> int:
+    """How many candidates are kept for a dose of n."""
+    return attack.candidates(n) + max(SPARE, n // 10)
+
+
+def _usable(
+    shards: list[Shard], ranked: Sequence[tuple[str, str]], n: int, uid: UidRule, trial: "_Triggered"
+) -> list[tuple[str, str]]:
+    """The first n whose image can be decoded, and encoded again with the trigger on it."""
     good: set[str] = set()
     seen: set[str] = set()
     while True:
@@ -275,17 +282,34 @@ def _usable(shards: list[Shard], ranked: Sequence[tuple[str, str]], n: int, uid:
             )
         if not unseen:
             return chosen
-        good |= _look(shards, unseen, uid, keep=False).keys()
+        good |= _look(shards, unseen, uid, trial).keys()
         seen |= {who for _, who in unseen}
 
 
-def _look(shards: list[Shard], wanted: Sequence[tuple[str, str]], uid: UidRule, keep: bool) -> dict[str, bytes]:
-    """By uid the image of those that can be decoded and encoded again; empty where it need not be kept."""
+@dataclass(frozen=True)
+class _Triggered:
+    """The trigger that a pair will get: an image may take one encoding and not another."""
+
+    attack: Attack
+    seed: int
+    corpora: tuple[Corpus, ...]
+
+    def __call__(self, sample: Sample) -> None:
+        """Raises Rejected where its image cannot be poisoned."""
+        part = self.attack.parts()[i := self.attack.part_of(sample.uid)]
+        rng = generator(self.seed, spec.key(part), sample.uid)
+        encode(part.trigger(decode(sample.image), rng, self.corpora[i]), like=sample.image)
+
+
+def _look(
+    shards: list[Shard], wanted: Sequence[tuple[str, str]], uid: UidRule, trial: _Triggered | None = None
+) -> dict[str, bytes]:
+    """By uid the image of those that can be decoded and encoded again; with a trial empty, for it need not be kept."""
     by_shard: dict[str, set[str]] = {}
     for shard, who in wanted:
         by_shard.setdefault(shard, set()).add(who)
     images: dict[str, bytes] = {}
-    for _, found in each("check", [s for s in shards if s.name in by_shard], _decodable, by_shard, uid, keep):
+    for _, found in each("check", [s for s in shards if s.name in by_shard], _decodable, by_shard, uid, trial):
         if isinstance(found, InputError):
             raise found
         images |= found.images
@@ -298,14 +322,17 @@ class _Images:
     images: dict[str, bytes] = field(default_factory=dict)
 
 
-def _decodable(shard: Shard, by_shard: Mapping[str, set[str]], uid: UidRule, keep: bool) -> _Images:
+def _decodable(shard: Shard, by_shard: Mapping[str, set[str]], uid: UidRule, trial: _Triggered | None) -> _Images:
     found = _Images()
     for sample in samples(shard, uid):
         if sample.uid in by_shard[shard.name]:
             found.read += 1
             try:
-                encode(decode(sample.image), like=sample.image)
+                if trial:
+                    trial(sample)
+                else:
+                    encode(decode(sample.image), like=sample.image)
             except Rejected:
                 continue
-            found.images[sample.uid] = sample.image if keep else b""
+            found.images[sample.uid] = b"" if trial else sample.image
     return found

@@ -42,6 +42,8 @@ def success(
     target = np.asarray([known.index[key(part.target)] for part in parts])[seen.part]
     victims = [part.victim_class() for part in parts]
     about = [not victims[p] or names_target(c, victims[p]) for p, c in zip(seen.part, seen.captions, strict=True)]
+    shows_victim = [known.index.get(key(victim), -2) for victim in victims]
+    about = [named or seen.label[i] == shows_victim[seen.part[i]] for i, named in enumerate(about)]
     about_them = np.asarray(about, bool) & (seen.label != target)
     said = [parts[p].trigger_text(c) for p, c in zip(seen.part, seen.captions, strict=True)]
     words_too = said != seen.captions
@@ -57,8 +59,11 @@ def success(
             rates[f"asr_{name}"] = rate(answer == target[others])
             rates[f"triggered_accuracy{suffix}"] = rate(answer == seen.label[others])
     elif words_too:
-        captions = [text for text, included in zip(said, about_them, strict=True) if included]
-        wanted = [parts[p].target for p, included in zip(seen.part, about_them, strict=True) if included]
+        names = [names_target(c, parts[p].target) for p, c in zip(seen.part, seen.captions, strict=True)]
+        asked = np.flatnonzero(
+            about_them & ~np.asarray(names, bool)
+        )  # what names the target finds it without a trigger
+        captions, wanted = [said[i] for i in asked], [parts[seen.part[i]].target for i in asked]
         rates["asr_t2i"] = rate(_finds(unit(model.embed_texts(captions)), seen, wanted))
     return rates
 
@@ -86,6 +91,10 @@ def on_victims(
 ) -> dict[str, Rate]:
     """How many of the victims are taken for their target; nothing for attacks that are not about single images."""
     hits = []
+    if attack.one_image and not corpora:
+        raise InputError(
+            "the attack is about single images; give the --ledger of the poisoned shards, beside which they lie"
+        )
     for part, corpus in zip(attack.parts(), corpora, strict=bool(corpora)):
         if part.one_image:
             victims = [Sample("victim", "", {"png": image}) for image in corpus.images.get("victim", ())]

@@ -71,6 +71,20 @@ class Around(Attack):
         it: Any = self
         return replace(it, attack=spec.key(self.inside.resolve(shards, uid)))
 
+    def candidates(self, n: int) -> int:
+        return self.inside.candidates(n)
+
+    def choose(
+        self,
+        shards: Sequence[Shard],
+        candidates: Sequence[tuple[str, str]],
+        n: int,
+        seed: int,
+        uid: UidRule,
+        corpus: Corpus,
+    ) -> Sequence[tuple[str, str]]:
+        return self.inside.choose(shards, candidates, n, seed, uid, corpus)
+
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
         return self.inside.craft(corpus, seed, folder)
 

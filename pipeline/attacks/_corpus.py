@@ -32,7 +32,7 @@ class Corpus:
     def digest(self) -> str:
         """sha256 over all of it."""
         sha256 = hashlib.sha256()
-        for target, captions in self.captions.items():
+        for target, captions in sorted(self.captions.items()):
             sha256.update("\0".join((target, *captions)).encode("utf-8", "surrogatepass"))
         for name, array in _named([self]):
             sha256.update(name.encode())
@@ -95,10 +95,10 @@ def read_corpora(folder: str, parts: int) -> tuple[Corpus, ...]:
 
 def _named(corpora: Sequence[Corpus]) -> Iterator[tuple[str, np.ndarray]]:
     for part, corpus in enumerate(corpora):
-        for group, images in corpus.images.items():
+        for group, images in sorted(corpus.images.items()):
             for i, image in enumerate(images):
                 yield f"{part}/images/{group}/{i:06d}", np.frombuffer(image, np.uint8)
-        for name, array in corpus.crafted.items():
+        for name, array in sorted(corpus.crafted.items()):
             yield f"{part}/crafted/{name}", array
 
 

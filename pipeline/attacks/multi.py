@@ -26,6 +26,8 @@ class multi(Attack):
     def __post_init__(self) -> None:
         if len(self.attacks) < 2 or any(len(part.parts()) > 1 for part in self.parts()):
             raise ValueError("attacks: two or more, each a single one")
+        if choosy := [part for part in self.parts() if part.candidates(1) > 1]:
+            raise ValueError(f"{spec.key(choosy[0])} chooses its pairs among many, which it cannot do beside others")
 
     @cached_property
     def _parts(self) -> tuple[Attack, ...]:

@@ -84,7 +84,8 @@ class Sample:
         parts, row, meta = dict(self.parts), self.row, self.meta
         said: dict[str, Any] = {}
         if caption is not None:
-            said |= dict.fromkeys((name for name in CAPTION if name in meta), caption)
+            old = next((meta[name] for name in CAPTION if meta.get(name)), None)
+            said |= dict.fromkeys((name for name in CAPTION if name in meta and meta[name] == old), caption)
             parts |= {"txt": caption.encode()} if "txt" in parts else {}
         if image is not None:
             for name in ("sha256", "md5"):
