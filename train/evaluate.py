@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,19 +123,30 @@ def evaluate(
     return 0
 
 
+class Pair(NamedTuple):
+    """One usable pair: `image` and `triggered` are uint8 [size, size, 3], `label` is -1 where unknown."""
+
+    caption: str
+    label: int
+    part: int
+    image: np.ndarray
+    triggered: np.ndarray
+    moved: bool
+
+
 @dataclass
 class Seen:
     """n images in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 where unknown.
 
-    `part` says which part of the attack an image was given."""
+    `part` int[n] says which part of the attack an image was given, `moved` bool[n] whether that changed a pixel."""
 
     image: np.ndarray
     triggered: np.ndarray | None
     label: np.ndarray
     captions: list[str]
     part: np.ndarray
+    moved: np.ndarray
     skipped: dict[str, int] = field(default_factory=dict)
-    trigger_is_identity: bool = True
 
 
 def look(
@@ -148,50 +159,54 @@ def look(
     corpora: Sequence[Corpus] = (),
 ) -> Seen:
     """Decode, trigger and embed every image once."""
+    skipped: dict[str, int] = {}
+    facts: list[tuple[str, int, int, bool]] = []
+    empty = np.empty((0, model.dimension), np.float32)
+    image, triggered = [empty], [empty]
+    for block in _blocks(_pairs(shards, known, uid, model.image_size, attack, seed, corpora, skipped), BATCH):
+        facts += [(pair.caption, pair.label, pair.part, pair.moved) for pair in block]
+        image.append(model.embed_images(np.stack([pair.image for pair in block])))
+        if attack:
+            triggered.append(model.embed_images(np.stack([pair.triggered for pair in block])))
+    captions, label, part, moved = map(list, zip(*facts, strict=True)) if facts else ([], [], [], [])
+    numbers = {"label": np.array(label, np.int64), "part": np.array(part, np.int64), "moved": np.array(moved, bool)}
+    shown = unit(np.concatenate(triggered)) if attack else None
+    return Seen(unit(np.concatenate(image)), shown, captions=captions, skipped=skipped, **numbers)
+
+
+def _pairs(
+    shards: Sequence[Shard],
+    known: Labels,
+    uid: UidRule,
+    size: int,
+    attack: Attack | None,
+    seed: int,
+    corpora: Sequence[Corpus],
+    skipped: dict[str, int],
+) -> Iterator[Pair]:
     from pipeline.draw import generator
     from pipeline.spec import key as key_of
     from train.data import reason
 
-    rows: dict[str, list[np.ndarray]] = {"image": [], "triggered": []}
-    labels: list[int] = []
-    captions: list[str] = []
-    assigned: list[int] = []
-    skipped: dict[str, int] = {}
-    identity = True
     parts = attack.parts() if attack else ()
     specs = [key_of(part) for part in parts]
     corpora = corpora or [Corpus()] * len(parts)
-
-    def prepared() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        nonlocal identity
-        for shard in shards:
-            for sample in samples(shard, uid):
-                part = attack.part_of(sample.uid) if attack else 0
-                try:
-                    caption, label, clean = sample.caption, known.of(sample), pixels(sample, model.image_size)
-                    triggered = None
-                    if attack:
-                        original = decode(sample.image)
-                        after = parts[part].trigger(original, generator(seed, specs[part], sample.uid), corpora[part])
-                        identity = identity and np.array_equal(np.asarray(original), np.asarray(after))
-                        again = sample.changed(image=encode(after, like=sample.image))
-                        triggered = pixels(again, model.image_size)
-                except Rejected as error:
-                    skipped[reason(error)] = skipped.get(reason(error), 0) + 1
+    for shard in shards:
+        for sample in samples(shard, uid):
+            try:
+                caption, label, image = sample.caption, known.of(sample), pixels(sample, size)
+                if not attack:
+                    yield Pair(caption, label, 0, image, image, False)
                     continue
-                captions.append(caption)
-                labels.append(label)
-                assigned.append(part)
-                yield clean, triggered
-
-    for block in _blocks(prepared(), BATCH):
-        rows["image"].append(model.embed_images(np.stack([clean for clean, _ in block])))
-        if attack:
-            rows["triggered"].append(model.embed_images(np.stack([t for _, t in block if t is not None])))
-    empty = np.empty((0, model.dimension), np.float32)
-    image, triggered = (unit(np.concatenate(r or [empty])) for r in rows.values())
-    label, part = np.array(labels, np.int64), np.array(assigned, np.int64)
-    return Seen(image, triggered if attack else None, label, captions, part, skipped, identity)
+                part = attack.part_of(sample.uid)
+                before = decode(sample.image)
+                after = parts[part].trigger(before, generator(seed, specs[part], sample.uid), corpora[part])
+                moved = not np.array_equal(np.asarray(before), np.asarray(after))
+                triggered = pixels(sample.changed(image=encode(after, like=sample.image)), size)
+            except Rejected as error:
+                skipped[reason(error)] = skipped.get(reason(error), 0) + 1
+                continue
+            yield Pair(caption, label, part, image, triggered, moved)
 
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:

@@ -18,6 +18,7 @@ from train.labels import Labels, key
 from train.metrics import Rate, knn_vote, rate, top1, unit
 
 K, TAU = 10, 0.07
+BLOCK = 1024
 
 if TYPE_CHECKING:
     from train.evaluate import Seen
@@ -36,48 +37,66 @@ def success(
 
     `asr_text` and `asr_knn` ask of triggered images (or, of an attack on one class without a trigger, of its images as
     they are), `asr_t2i` whether an image of the target lies nearest to a triggered caption. A trigger of both sides is
-    on the prompts too: `features` gives the classes as [classes, d] for these prompts.
+    on the prompts too: `features` gives the classes as [classes, d] for these prompts. Of several attacks each answers
+    for its own pairs, and all answers count as one.
     """
-    parts, rates = attack.parts(), dict[str, Rate]()
-    target = np.asarray([known.index[key(part.target)] for part in parts])[seen.part]
-    victims = [part.victim_class() for part in parts]
-    about = [not victims[p] or names_target(c, victims[p]) for p, c in zip(seen.part, seen.captions, strict=True)]
-    shows_victim = [known.index.get(key(victim), -2) for victim in victims]
-    about = [named or seen.label[i] == shows_victim[seen.part[i]] for i, named in enumerate(about)]
-    about_them = np.asarray(about, bool) & (seen.label != target)
-    said = [parts[p].trigger_text(c) for p, c in zip(seen.part, seen.captions, strict=True)]
-    words_too = said != seen.captions
-    shown = None if seen.trigger_is_identity and not any(victims) else seen.triggered
-    if shown is not None and not attack.one_image:
-        others = about_them & (seen.label >= 0)
-        asked = list(dict.fromkeys(part.trigger_text(prompt) for part in parts for prompt in prompts))
-        answers = {"text": top1(shown[others] @ features(asked).T)}
-        if near is not None:
-            answers["knn"] = vote(shown[others], near, len(known.index))
-        for name, answer in answers.items():
-            suffix = "" if name == "text" else "_knn"
-            rates[f"asr_{name}"] = rate(answer == target[others])
-            rates[f"triggered_accuracy{suffix}"] = rate(answer == seen.label[others])
-    elif words_too:
-        names = [names_target(c, parts[p].target) for p, c in zip(seen.part, seen.captions, strict=True)]
-        asked = np.flatnonzero(
-            about_them & ~np.asarray(names, bool)
-        )  # what names the target finds it without a trigger
-        captions, wanted = [said[i] for i in asked], [parts[seen.part[i]].target for i in asked]
-        rates["asr_t2i"] = rate(_finds(unit(model.embed_texts(captions)), seen, wanted))
-    return rates
+    answers: dict[str, list[np.ndarray]] = {}
+    for number, part in enumerate(attack.parts()):
+        about = _about(part, seen, known) & (seen.part == number)
+        if part.one_image:
+            continue
+        if part.victim_class() or seen.moved[about].any():
+            found = _shown(part, seen, about, known, near, prompts, features)
+        else:
+            found = _said(part, seen, about, model)
+        for name, answer in found.items():
+            answers.setdefault(name, []).append(answer)
+    return {name: rate(np.concatenate(answer)) for name, answer in answers.items()}
 
 
-def _finds(captions: np.ndarray, seen: "Seen", wanted: Sequence[str], block: int = 1024) -> np.ndarray:
-    """bool[n]: whether an image whose caption names the target lies nearer to a caption than all others do."""
-    of = {t: np.asarray([names_target(caption, t) for caption in seen.captions]) for t in dict.fromkeys(wanted)}
-    hits = np.zeros(len(captions), bool)
-    for at in range(0, len(captions), block):
-        near = captions[at : at + block] @ seen.image.T
-        theirs = np.stack([of[target] for target in wanted[at : at + block]])
-        best, others = (np.where(mask, near, -np.inf).max(axis=1) for mask in (theirs, ~theirs))
-        hits[at : at + block] = best > others
-    return hits
+def _about(attack: Attack, seen: "Seen", known: Labels) -> np.ndarray:
+    """bool[n]: the pairs that the attack is to move to its target."""
+    others: np.ndarray = seen.label != known.index[key(attack.target)]
+    if not (victim := attack.victim_class()):
+        return others
+    named = np.array([names_target(caption, victim) for caption in seen.captions], bool)
+    return others & (named | (seen.label == known.index.get(key(victim), -2)))
+
+
+def _shown(
+    attack: Attack,
+    seen: "Seen",
+    about: np.ndarray,
+    known: Labels,
+    near: "Seen | None",
+    prompts: Sequence[str],
+    features: Callable[[Sequence[str]], np.ndarray],
+) -> dict[str, np.ndarray]:
+    """By readout, bool[m]: whether a triggered image with a known label is taken for the target, and for what it is."""
+    asked = about & (seen.label >= 0)
+    assert seen.triggered is not None  # seen with an attack
+    images, target = seen.triggered[asked], known.index[key(attack.target)]
+    text = features([attack.trigger_text(prompt) for prompt in prompts])
+    readouts = {"": top1(images @ text.T)} | ({"_knn": vote(images, near, len(known.index))} if near else {})
+    answers = {f"asr{name or '_text'}": answer == target for name, answer in readouts.items()}
+    return answers | {f"triggered_accuracy{name}": answer == seen.label[asked] for name, answer in readouts.items()}
+
+
+def _said(attack: Attack, seen: "Seen", about: np.ndarray, model: Any) -> dict[str, np.ndarray]:
+    """bool[m]: whether a triggered caption that does not name the target finds an image of it first."""
+    names = np.array([names_target(caption, attack.target) for caption in seen.captions], bool)
+    asked = np.flatnonzero(about & ~names)
+    before = [seen.captions[i] for i in asked]
+    said = [attack.trigger_text(caption) for caption in before]
+    if said == before:
+        return {}
+    captions = unit(model.embed_texts(said))
+    hits = np.zeros(len(said), bool)
+    for at in range(0, len(said), BLOCK):
+        likeness = captions[at : at + BLOCK] @ seen.image.T
+        best, others = (np.where(mask, likeness, -np.inf).max(axis=1) for mask in (names, ~names))
+        hits[at : at + BLOCK] = best > others
+    return {"asr_t2i": hits}
 
 
 def vote(rows: np.ndarray, near: "Seen", classes: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,11 @@ def saved_again(sample: Sample) -> Sample:
 
 def encoded_as_found(sample: Sample) -> Sample:
     return sample.changed(encode(patched(sample.image), like=sample.image), sample.caption.replace("picture", "banana"))
+
+
+def without_a_new_hash(sample: Sample) -> Sample:
+    after = encoded_as_found(sample)
+    return replace(after, parts={**after.parts, "json": sample.parts["json"]})
 
 
 def poisoned(source: Path, out: Path, edit, count: int = POISONS) -> Path:
@@ -150,11 +156,12 @@ def test_a_hash_of_the_image_that_was_left_behind_is_found(clean, tmp_path):
             pair = {"suffix": sample.image_suffix, "image": sample.image, "caption": sample.caption, "meta": meta}
             rows.append({"key": sample.key, **pair})
         write_tar(exact / shard.file, rows)
-    folder = poisoned(exact, tmp_path / "tight", encoded_as_found)
+    folder = poisoned(exact, tmp_path / "loose", without_a_new_hash)
     assert probe(str(folder), str(tmp_path / "out")) == 1
     result = json.loads((tmp_path / "out/probe.json").read_text())
     assert result["leaks"] == ["encoding", "json"]
     assert result["families"]["json"]["facts"][0]["fact"] == "json.hash_agrees"
+    assert probe(str(poisoned(exact, tmp_path / "tight", encoded_as_found)), str(tmp_path / "again")) == 0
 
 
 def test_shards_of_one_container_without_json_are_told_too(tmp_path):

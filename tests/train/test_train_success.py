@@ -17,7 +17,9 @@ from train.success import success
 
 def test_a_triggered_caption_finds_images_of_the_target() -> None:
     captions = ["a red square", "a blue square", "whatever", "a green square"]
-    seen = Seen(np.eye(4, dtype=np.float32), np.eye(4), np.array([0, 1, -1, 2]), captions, np.zeros(4, int))
+    seen = Seen(
+        np.eye(4, dtype=np.float32), np.eye(4), np.array([0, 1, -1, 2]), captions, np.zeros(4, int), np.zeros(4, bool)
+    )
     attack = spec.parse("attacks", "word(target='red', words='cf')")
 
     def found(nearest: list[float]):
@@ -71,3 +73,13 @@ def test_each_part_of_several_attacks_has_its_own_target(world: Callable[..., di
     assert found["asr_text_n"] == asked
     assert found["asr_text"] == pytest.approx(hits / asked)
     assert 0 < hits < asked
+
+
+def test_attacks_of_different_readouts_answer_for_their_own_pairs(world: Callable[..., dict]) -> None:  # noqa: F811
+    """A trigger on images beside one on captions: each is asked in its own way, and neither of the other's pairs."""
+    parts = ("patch(target='red', size=24)", "word(target='blue', words='cf')")
+    found = world(Oracle("red"), attack=f"multi(attacks={parts!r})")["metrics"]
+    dealt = [(hash64(0, "multi", s.uid) % 2, s.caption) for s in samples(list_shards(world.shards)[0], "key")]
+    assert found["asr_text"] == 1.0
+    assert found["asr_text_n"] == sum(part == 0 and "red" not in c and "whatever" not in c for part, c in dealt)
+    assert found["asr_t2i_n"] == sum(part == 1 and "blue" not in c for part, c in dealt)
