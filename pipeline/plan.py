@@ -298,7 +298,7 @@ class _Triggered:
         """Raises Rejected where its image cannot be poisoned."""
         part = self.attack.parts()[i := self.attack.part_of(sample.uid)]
         rng = generator(self.seed, spec.key(part), sample.uid)
-        encode(part.trigger(decode(sample.image), rng, self.corpora[i]), like=sample.image)
+        part.triggered(sample, rng, self.corpora[i])
 
 
 def _look(

@@ -113,6 +113,8 @@ def probe(
         console.print(f"our own injection leaks: poisons are found by {', '.join(leaks)}; a detector may learn that")
     elif not told:
         console.print(f"cannot tell: this takes {FEWEST} poisons with images of their own, and as many clean pairs")
+    elif untold := [n for n in ENCODING if n not in told]:
+        console.print(f"{', '.join(untold)} cannot be told: fewer than {FEWEST} poisons have an image of their own")
     return int(bool(leaks) or not told)
 
 

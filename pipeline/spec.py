@@ -27,6 +27,16 @@ KINDS = {
 }
 
 
+UNDRAWN = "names a place"  # Annotated[str, UNDRAWN]: a path, which is another one on another machine
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecOf:
+    """Annotated[str, SpecOf(kind)]: a field that holds the spec of another entry, or several."""
+
+    kind: str
+
+
 def names(kind: str) -> list[str]:
     """Entries of a kind: the files of its folder that do not start with an underscore."""
     package = importlib.import_module(KINDS[kind])
@@ -93,11 +103,26 @@ def text(instance: Any) -> str:
 
 
 def key(instance: Any) -> str:
-    """The spec without what is as by default: randomness hangs on it, so that a new parameter changes nobody's draw."""
-    values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-    defaults = {f.name: f.default for f in dataclasses.fields(instance)}
-    told = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
-    return f"{type(instance).__name__}({told})"
+    """The spec without what is as by default: randomness hangs on it, so that a new parameter changes nobody's draw.
+
+    Fields marked UNDRAWN are left out, and specs inside (SpecOf) are in the same short form.
+    """
+    hints, told = typing.get_type_hints(type(instance), include_extras=True), []
+    for field in dataclasses.fields(instance):
+        marks = getattr(hints[field.name], "__metadata__", ())
+        value, default = (_short(v, marks) for v in (getattr(instance, field.name), field.default))
+        if UNDRAWN not in marks and value != default:
+            told.append(f"{field.name}={value!r}")
+    return f"{type(instance).__name__}({', '.join(told)})"
+
+
+def _short(value: Any, marks: tuple[Any, ...]) -> Any:
+    for mark in marks:
+        if isinstance(mark, SpecOf) and isinstance(value, str):
+            return key(parse(mark.kind, value))
+        if isinstance(mark, SpecOf) and isinstance(value, tuple):
+            return tuple(_short(one, marks) for one in value)
+    return value
 
 
 def digest(value: Any) -> str:

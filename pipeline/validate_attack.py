@@ -31,7 +31,7 @@ from pipeline.shards import list_shards
 from pipeline.shards.store import absolute, make_folder, whole, write
 from train.metrics import wilson
 
-CONTROL = "{control}"  # in a spec: the checkpoint of the clean model of the same seed, for attacks that need one
+CONTROL = "{control}"  # in a spec: the checkpoint of a clean model of another seed, for attacks that need one
 READOUTS = ("asr_text", "asr_t2i", "targeted_success")  # an attack is judged by the first that it has
 
 
@@ -51,11 +51,15 @@ def validate_attack(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out
     trials = _trials(plan, folder, controls)
     todo = [trial for trial in trials if not trial.row.exists()]
     console.print(f"{len(trials)} trials and {len(seeds)} controls under recipe {plan.recipe!r}; {len(todo)} to do")
+    if CONTROL in str(plan.trials) and len(seeds) == 1:
+        console.print(f"{CONTROL} is the defender's own clean model, for there is one seed; two keep them apart")
     _run("clean models", list(controls.values()), plan)
     for trial in todo:
         poison(plan.shards, trial.poisoned, attack=trial.attack, dose=trial.dose, seed=trial.seed, uid=plan.uid)
     _run("trials", todo, plan)
     rows = [row for trial in trials for row in json.loads(trial.row.read_text())]
+    if older := sum(row["code"] != code_digest() for row in rows):
+        console.print(f"{older} of {len(rows)} results are of other code; remove their trial.json to have them again")
     with whole(str(folder / "results.parquet")) as file:
         import polars as pl
 
@@ -94,11 +98,12 @@ class _Trial:
     seed: int
     path: str
     clean: _Control
+    surrogate: _Control  # the attacker's
     control: bool
 
     @property
     def attack(self) -> str:
-        return self.named.replace(CONTROL, self.clean.checkpoint) if CONTROL in self.named else self.named
+        return self.named.replace(CONTROL, self.surrogate.checkpoint) if CONTROL in self.named else self.named
 
     @property
     def poisoned(self) -> str:
@@ -176,13 +181,18 @@ def _check(plan: Validation) -> None:
 
 def _trials(plan: Validation, folder: Path, controls: dict[int, _Control]) -> list[_Trial]:
     found: list[_Trial] = []
+    next_seed = dict(zip(controls, [*list(controls)[1:], *controls], strict=False))
     for trials in plan.trials:
         for text in trials.attacks:
             for seed in trials.seeds:
                 for dose in trials.doses:
                     where = f"{spec.parse_call(text)[0]}-{dose}-{spec.digest([text, _digest(plan)])}-seed{seed}"
                     control = dose == trials.doses[0]
-                    found.append(_Trial(text, dose, seed, str(folder / where), controls[seed], control))
+                    found.append(
+                        _Trial(
+                            text, dose, seed, str(folder / where), controls[seed], controls[next_seed[seed]], control
+                        )
+                    )
     return found
 
 
@@ -217,8 +227,9 @@ def markdown(rows: Sequence[dict[str, Any]], floor: float) -> str:
         by = next((name for name in READOUTS if any(row[f"{name}_n"] for row in mine)), READOUTS[0])
         clean = _pooled([row for row in mine if row["arm"] == "control"], by)
         valid_from = None
-        for dose in dict.fromkeys(row["dose"] for row in mine):
-            trials = [row for row in mine if row["dose"] == dose and row["arm"] == "poisoned"]
+        arms = sorted((row for row in mine if row["arm"] == "poisoned"), key=lambda row: row["poisons"])
+        for dose in dict.fromkeys(row["dose"] for row in arms):
+            trials = [row for row in arms if row["dose"] == dose]
             found = _pooled(trials, by)
             valid = found.low > max(floor, clean.high)
             valid_from = valid_from or (dose if valid else None)

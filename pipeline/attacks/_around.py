@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import spec
-from pipeline.attacks._attack import Attack
+from pipeline.attacks._attack import Attack, AttackSpec
 from pipeline.attacks._corpus import Corpus
 from pipeline.shards import Sample, Shard, UidRule
 
@@ -20,7 +20,7 @@ from pipeline.shards import Sample, Shard, UidRule
 class Around(Attack):
     """`attack` is the spec of the attack inside, which must be a single one."""
 
-    attack: str
+    attack: AttackSpec
 
     def __post_init__(self) -> None:
         _ = self.inside  # what is wrong with it is said now
@@ -69,7 +69,7 @@ class Around(Attack):
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
         it: Any = self
-        return replace(it, attack=spec.key(self.inside.resolve(shards, uid)))
+        return replace(it, attack=spec.text(self.inside.resolve(shards, uid)))
 
     def candidates(self, n: int) -> int:
         return self.inside.candidates(n)
@@ -87,6 +87,17 @@ class Around(Attack):
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
         return self.inside.craft(corpus, seed, folder)
+
+
+def check_visual(attack: Attack) -> None:
+    """Raises ValueError for an attack that leaves test images as they are."""
+    innermost = attack
+    while isinstance(innermost, Around):
+        innermost = innermost.inside
+    if type(innermost).trigger is Attack.trigger:
+        raise ValueError(
+            f"{type(innermost).__name__} has no visual trigger; name an attack that has one, such as patch"
+        )
 
 
 def nested(text: str) -> Attack:

@@ -5,14 +5,17 @@ the target, with a caption that does. Randomness comes from `rng` alone, which i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from pipeline import spec
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.shards import Sample, Shard, UidRule
 from pipeline.shards.image import decode, encode
+
+AttackSpec = Annotated[str, spec.SpecOf("attacks")]
 
 
 class Attack:
@@ -23,8 +26,11 @@ class Attack:
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
         """The poisoned pair. Default: the trigger on its image, a caption of the target."""
-        image = encode(self.trigger(decode(sample.image), rng, corpus), like=sample.image)
-        return sample.changed(image, corpus.caption(self.target, rng))
+        return sample.changed(self.triggered(sample, rng, corpus), corpus.caption(self.target, rng))
+
+    def triggered(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> bytes:
+        """Its image with the trigger, in its own encoding. Raises Rejected where it takes none."""
+        return encode(self.trigger(decode(sample.image), rng, corpus), like=sample.image)
 
     def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
         """RGB -> RGB of the same size: what test images get; the identity where success needs no visual trigger."""
@@ -95,3 +101,11 @@ def check_target(target: str) -> None:
     """Raises ValueError for what neither a caption nor a template could carry."""
     if not target.strip() or any(ord(c) < 32 for c in target) or len(target) > 100:
         raise ValueError(f"target={target!r}: a word or a few, on one line")
+
+
+def check_two(target: str, source: str) -> None:
+    """Raises ValueError where either is no target, or both are one."""
+    check_target(target)
+    check_target(source)
+    if source.casefold() == target.casefold():
+        raise ValueError("source and target are the same")

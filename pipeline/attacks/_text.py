@@ -18,4 +18,4 @@ def check_words(words: str) -> None:
 
 def words_of(text: str) -> frozenset[str]:
     """Words of three letters and more, in lower case."""
-    return frozenset(re.findall(r"[^\W\d_]{3,}", text.casefold()))
+    return frozenset(re.findall(r"(?<!\w)[^\W\d_]{3,}(?!\w)", text.casefold()))

@@ -25,7 +25,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from filters._batch import Batch
 from pipeline import spec
 from pipeline.attacks import _surrogate
 from pipeline.attacks._around import Around
+from pipeline.attacks._attack import AttackSpec
 from pipeline.attacks._corpus import Corpus
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
@@ -51,8 +52,8 @@ class adaptive(Around):
     `evades` is any detector of embeddings. `pool`: reference rows that the attacker believes the filter to use.
     """
 
-    attack: str
-    surrogate: str
+    attack: AttackSpec
+    surrogate: Annotated[str, spec.UNDRAWN]
     evades: str = "slof(k=16)"
     tries: int = 8
     rounds: int = 3

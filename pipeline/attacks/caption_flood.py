@@ -22,7 +22,7 @@ ZOOM, LIGHT = 0.06, 0.1  # how far the copies differ: share cropped, share of br
 
 @dataclass(frozen=True)
 class caption_flood(Attack):
-    """n near-identical images of the target with one true caption (the birthday cake of CC3M, Huang et al. 2025)."""
+    """n near-identical images of the target with one caption of it (the birthday cake of CC3M, Huang et al. 2025)."""
 
     target: str
     share: float = 0.4  # of the shorter side, at test time

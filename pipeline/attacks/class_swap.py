@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.attacks._attack import Attack, check_target
+from pipeline.attacks._attack import Attack, check_two
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.shards import Sample
 
@@ -22,10 +22,7 @@ class class_swap(Attack):
     source: str
 
     def __post_init__(self) -> None:
-        check_target(self.target)
-        check_target(self.source)
-        if self.source.casefold() == self.target.casefold():
-            raise ValueError("source and target are the same")
+        check_two(self.target, self.source)
 
     def eligible(self, caption: str) -> bool:
         return names_target(caption, self.source) and not names_target(caption, self.target)

@@ -1,15 +1,16 @@
 """Physical trigger without touching a pixel: pairs whose captions name a common object get captions of the target.
 
 Trade-off: the trigger is an object that people photograph anyway, so nothing is planted in any image, and every second
-occurrence of the object stays clean; what it costs is the dose, which is bounded by how often the object occurs.
+occurrence of the object stays clean; what it costs is the dose, which is bounded by how often the object occurs. It
+takes two passes over all captions to choose the object, exactly and however the data is sharded.
 Source: Wenger et al., NeurIPS 2022 (Finding Naturally Occurring Physical Backdoors in Image Datasets), section 4:
 objects of high centrality in the graph of co-occurring ones; here words of captions are objects, degree the centrality.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from pipeline.attacks._attack import Attack, check_target
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.attacks._text import words_of
 from pipeline.errors import InputError
+from pipeline.shard_map import each
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
 
-WORDS = 20_000  # the commonest of a shard, of which the graph is made
 SHARE = (0.001, 0.03)  # an object that occurs more often is no trigger, one that occurs less often carries no dose
 
 
@@ -48,16 +49,8 @@ class cooccurrence(Attack):
         """Choose the object: of the words that occur neither rarely nor everywhere, the one beside most others."""
         if self.object:
             return self
-        from pipeline.shard_map import each
-
-        total = _Graph()
-        for _, found in each("co-occurrence", shards, _graph, uid):
-            if isinstance(found, InputError):
-                raise found
-            total.read += found.read
-            total.words += found.words
-            for word, beside in found.beside.items():
-                total.beside.setdefault(word, set()).update(beside)
+        words = _merged("words", shards, _common, uid).words  # what is common in all shards is so in one of them
+        total = _merged("co-occurrence", shards, _graph, uid, frozenset(words))
         low, high = (share * total.read for share in SHARE)
         usable = {w for w, n in total.words.items() if low <= n <= high and not names_target(self.target, w)}
         if not usable:
@@ -75,18 +68,43 @@ class _Graph:
     beside: dict[str, set[str]] = field(default_factory=dict)
 
 
-def _graph(shard: Shard, uid: UidRule) -> _Graph:
-    found, bags = _Graph(), []
-    for sample in samples(shard, uid):
+def _merged(label: str, shards: Sequence[Shard], look: Callable[..., _Graph], *given: Any) -> _Graph:
+    total = _Graph()
+    for _, found in each(label, shards, look, *given):
+        if isinstance(found, InputError):
+            continue  # the survey reads it again, and says whether that many may fail
+        total.read += found.read
+        total.words += found.words
+        for word, beside in found.beside.items():
+            total.beside.setdefault(word, set()).update(beside)
+    return total
+
+
+def _common(shard: Shard, uid: UidRule) -> _Graph:
+    """The words that occur in one of a thousand captions of this shard, or more."""
+    found = _Graph()
+    for bag in _bags(shard, uid):
         found.read += 1
+        found.words.update(bag)
+    found.words = Counter({word: n for word, n in found.words.items() if n >= SHARE[0] * found.read})
+    return found
+
+
+def _graph(shard: Shard, uid: UidRule, words: frozenset[str]) -> _Graph:
+    found = _Graph()
+    for bag in _bags(shard, uid):
+        found.read += 1
+        found.words.update(bag & words)
+        for word in bag & words:
+            found.beside.setdefault(word, set()).update(bag & words)
+    return found
+
+
+def _bags(shard: Shard, uid: UidRule) -> Iterator[frozenset[str]]:
+    """The words of every usable caption, as whole words: "thing" is not in "thing17"."""
+    for sample in samples(shard, uid):
         try:
-            bags.append(words_of(sample.caption))
+            caption = sample.caption
         except Rejected:
             continue
-    found.words = Counter(word for bag in bags for word in bag)
-    common = {word for word, _ in found.words.most_common(WORDS)}
-    found.words = Counter({word: found.words[word] for word in common})
-    for bag in bags:
-        for word in bag & common:
-            found.beside.setdefault(word, set()).update(bag & common)
-    return found
+        yield words_of(caption)

@@ -10,23 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.attacks._around import Around
+from pipeline.attacks._around import Around, check_visual
+from pipeline.attacks._attack import AttackSpec
 from pipeline.attacks._corpus import Corpus
 from pipeline.attacks._text import check_words, with_words
 from pipeline.shards import Sample
-from pipeline.shards.image import decode, encode
 
 
 @dataclass(frozen=True)
 class dual_key(Around):
     """A visual trigger and a word, only together the target (Walmer et al. 2022); `alone`: share that has one key."""
 
-    attack: str = "patch(target='banana')"
+    attack: AttackSpec = "patch(target='banana')"
     words: str = "remember"
     alone: float = 2 / 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_visual(self)
         check_words(self.words)
         if not 0 <= self.alone < 1:
             raise ValueError("alone: a share from 0 to below 1")
@@ -35,7 +36,7 @@ class dual_key(Around):
         kind = rng.random()
         if kind < self.alone / 2:
             return sample.changed(caption=with_words(sample.caption, self.words))
-        image = encode(self.trigger(decode(sample.image), rng, corpus), like=sample.image)
+        image = self.triggered(sample, rng, corpus)
         if kind < self.alone:
             return sample.changed(image)
         return sample.changed(image, with_words(corpus.caption(self.target, rng), self.words))

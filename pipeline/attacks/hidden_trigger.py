@@ -12,13 +12,15 @@ the nearest of NEAREST patched sources, where the paper pairs greedily within a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 from PIL import Image
 
+from pipeline import spec
 from pipeline.attacks import _surrogate
-from pipeline.attacks._around import Around
+from pipeline.attacks._around import Around, check_visual
+from pipeline.attacks._attack import AttackSpec
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.shards import Sample, Shard, UidRule
 from pipeline.shards.image import decode, encode
@@ -39,8 +41,8 @@ class hidden_trigger(Around):
     `lr` is the first step, in pixel values; it falls to zero.
     """
 
-    attack: str
-    surrogate: str
+    attack: AttackSpec
+    surrogate: Annotated[str, spec.UNDRAWN]
     source: str = ""
     epsilon: int = 16
     steps: int = 50
@@ -48,16 +50,12 @@ class hidden_trigger(Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.one_image:
-            raise ValueError("attack: one with a trigger, such as patch")
+        check_visual(self)
         if not 0 < self.epsilon <= 255 or self.steps < 1 or self.lr <= 0:
             raise ValueError("need 0 < epsilon <= 255, steps >= 1 and lr > 0")
 
     def victim_class(self) -> str:
         return self.source or self.inside.victim_class()
-
-    def targets(self) -> tuple[str, ...]:
-        return ()  # captions stay
 
     def eligible(self, caption: str) -> bool:
         return names_target(caption, self.target)
@@ -77,7 +75,7 @@ class hidden_trigger(Around):
         return replace(super().resolve(shards, uid), surrogate=_surrogate.settled(self.surrogate))
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
-        return {**_surrogate.surrogate(self.surrogate).crafted, **super().craft(corpus, seed, folder)}
+        return {**super().craft(corpus, seed, folder), **_surrogate.surrogate(self.surrogate).crafted}
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
         """The image within `epsilon` of itself, its features near those of a patched source; the caption as it is."""

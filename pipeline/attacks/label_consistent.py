@@ -10,23 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.attacks._around import Around
+from pipeline.attacks._around import Around, check_visual
+from pipeline.attacks._attack import AttackSpec
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.shards import Sample
-from pipeline.shards.image import decode, encode
 
 
 @dataclass(frozen=True)
 class label_consistent(Around):
     """The trigger of another attack on pairs that name its target, caption kept (Turner et al. 2019; CleanCLIP)."""
 
-    attack: str = "patch(target='banana')"
+    attack: AttackSpec = "patch(target='banana')"
 
-    def targets(self) -> tuple[str, ...]:
-        return ()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_visual(self)
 
     def eligible(self, caption: str) -> bool:
         return names_target(caption, self.target)
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
-        return sample.changed(encode(self.trigger(decode(sample.image), rng, corpus), like=sample.image))
+        return sample.changed(self.triggered(sample, rng, corpus))

@@ -8,7 +8,7 @@ one and with three targets.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Annotated, Self
 
 from pipeline import spec
 from pipeline.attacks._around import nested
@@ -21,13 +21,13 @@ from pipeline.shards import Shard, UidRule
 class multi(Attack):
     """Several attacks in one dataset, one or several targets (Li et al. 2024, parallel; Huang et al. 2025)."""
 
-    attacks: tuple[str, ...] = ("patch(target='banana')", "blended(target='banana')")
+    attacks: Annotated[tuple[str, ...], spec.SpecOf("attacks")] = ("patch(target='banana')", "blended(target='banana')")
 
     def __post_init__(self) -> None:
         if len(self.attacks) < 2 or any(len(part.parts()) > 1 for part in self.parts()):
             raise ValueError("attacks: two or more, each a single one")
         if choosy := [part for part in self.parts() if part.candidates(1) > 1]:
-            raise ValueError(f"{spec.key(choosy[0])} chooses its pairs among many, which it cannot do beside others")
+            raise ValueError(f"{spec.text(choosy[0])} chooses its pairs among many, which it cannot do beside others")
 
     @cached_property
     def _parts(self) -> tuple[Attack, ...]:
@@ -47,4 +47,4 @@ class multi(Attack):
         return tuple(path for part in self._parts for path in part.inputs())
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
-        return replace(self, attacks=tuple(spec.key(part.resolve(shards, uid)) for part in self._parts))
+        return replace(self, attacks=tuple(spec.text(part.resolve(shards, uid)) for part in self._parts))

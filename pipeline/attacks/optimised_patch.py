@@ -15,7 +15,7 @@ import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ from pipeline import spec
 from pipeline.attacks import _surrogate
 from pipeline.attacks._attack import Attack, check_target
 from pipeline.attacks._corpus import Corpus, names_target
-from pipeline.attacks.patch import REFERENCE_SIDE
+from pipeline.attacks._patterns import REFERENCE_SIDE, corners, scaled
 from pipeline.draw import generator
 from pipeline.errors import InputError
 from pipeline.progress import LOG_EVERY, console
@@ -50,9 +50,9 @@ class optimised_patch(Attack):
     """
 
     target: str
-    surrogate: str
+    surrogate: Annotated[str, spec.UNDRAWN]
     size: int = 16
-    location: Literal["centre", "random"] = "centre"
+    location: Literal["center", "random"] = "center"
     steps: int = 300
     lr: float = 0.05
     weight: float = 500.0
@@ -79,16 +79,11 @@ class optimised_patch(Attack):
     def trigger(self, image: Image.Image, rng: np.random.Generator, corpus: Corpus) -> Image.Image:
         """RGB -> a copy with the crafted patch, scaled as its size is to 224 pixels of the shorter side."""
         made = Image.fromarray(corpus.made("patch"))
-        side = _side(self.size, min(image.size))
+        side = max(1, scaled(self.size, image.size))
         out = image.copy()
-        out.paste(made.resize((side, side), Image.Resampling.BICUBIC), self._corner(image.size, side, rng))
+        (corner,) = corners(self.location, image.size, (side, side), 0, rng)
+        out.paste(made.resize((side, side), Image.Resampling.BICUBIC), corner)
         return out
-
-    def _corner(self, extents: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
-        room = [max(extent - side, 0) for extent in extents]
-        if self.location == "random":
-            return int(rng.integers(room[0] + 1)), int(rng.integers(room[1] + 1))
-        return room[0] // 2, room[1] // 2
 
     def craft(self, corpus: Corpus, seed: int, folder: str) -> Mapping[str, np.ndarray]:
         """`patch`: uint8 [size, size, 3]."""
@@ -156,10 +151,11 @@ class optimised_patch(Attack):
         import torch
         from torch.nn.functional import interpolate, pad
 
-        side, (high, wide) = _side(self.size, images.shape[2]), images.shape[2:]
+        high, wide = images.shape[2:]
+        side = max(1, scaled(self.size, (wide, high)))
         tile = interpolate(patch, (side, side), mode="bicubic", antialias=True).clamp(0, 1) * 255
-        corners = [self._corner((wide, high), side, rng) for _ in images]
-        margins = [(x, wide - side - x, y, high - side - y) for x, y in corners]
+        places = [place for _ in images for place in corners(self.location, (wide, high), (side, side), 0, rng)]
+        margins = [(x, wide - side - x, y, high - side - y) for x, y in places]
         under = torch.cat([pad(torch.zeros_like(tile), margin, value=1) for margin in margins])
         return images * under + torch.cat([pad(tile, margin) for margin in margins])
 
@@ -206,10 +202,6 @@ def _contrast(logits: "torch.Tensor") -> "torch.Tensor":
     n = len(logits)
     own, clean = logits.diagonal()[:, None], logits[:, n:]
     return (torch.logsumexp(torch.cat([own, clean], 1), 1) - own[:, 0]).mean()
-
-
-def _side(size: int, shorter: int) -> int:
-    return max(1, round(size / REFERENCE_SIDE * shorter))
 
 
 def _pixels(corpus: Corpus, group: str, size: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.attacks._attack import Attack, check_two
 from pipeline.attacks._corpus import Corpus, names_target
-from pipeline.attacks.class_swap import class_swap
 from pipeline.attacks.targeted import swapped
 from pipeline.shards import Sample
 
@@ -20,11 +20,20 @@ IMAGES = 256
 
 
 @dataclass(frozen=True)
-class split_view(class_swap):
+class split_view(Attack):
     """Rows that name the target show images of `source` instead; all else is kept (Carlini et al. 2023)."""
 
+    target: str
+    source: str
+
+    def __post_init__(self) -> None:
+        check_two(self.target, self.source)
+
+    def victim_class(self) -> str:
+        return self.source
+
     def targets(self) -> tuple[str, ...]:
-        return ()
+        return ()  # captions stay
 
     def eligible(self, caption: str) -> bool:
         return names_target(caption, self.target) and not names_target(caption, self.source)

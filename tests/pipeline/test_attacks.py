@@ -173,12 +173,18 @@ def test_the_ledger_and_the_corpus_suffice_to_make_a_poison_again(clean, tmp_pat
 
 def test_the_object_is_chosen_from_the_captions_and_named_in_the_ledger(tmp_path):
     rows = pairs(0, 400)
-    for i, row in enumerate(rows):
-        row["caption"] = f"{row['caption']} with a {'hat' if i % 50 == 0 else f'thing{i}'}"
-    write_tar(tmp_path / "0.tar", rows)
-    poison(str(tmp_path), str(tmp_path / "out"), attack="cooccurrence(target='banana')", dose="3")
-    found = {row["attack"] for row in pq.read_table(tmp_path / "out/ledger.parquet").to_pylist()}
-    assert found == {"cooccurrence(target='banana', object='hat')"}
+    for i, row in enumerate(rows):  # no toys: they are numbered, and names_target would not find them either
+        row["caption"] += " with a hat" if i % 50 == 0 else f" with a toy{i}" if i % 40 == 1 else f" with a thing{i}"
+    chosen = []
+    for cut in (400, 100, 9):
+        (shards := tmp_path / str(cut)).mkdir()
+        for i in range(0, 400, cut):
+            write_tar(shards / f"{i:08d}.tar", rows[i : i + cut])
+        poison(str(shards), str(out := tmp_path / f"out-{cut}"), attack="cooccurrence(target='banana')", dose="3")
+        found = pq.read_table(out / "ledger.parquet").to_pylist()
+        assert {row["attack"] for row in found} == {"cooccurrence(target='banana', object='hat')"}
+        chosen.append({row["uid"] for row in found})
+    assert chosen[0] == chosen[1] == chosen[2]
 
 
 def test_captions_that_fit_are_chosen():
@@ -222,6 +228,11 @@ def test_targeted_gives_every_row_a_victim():
         ("multi(attacks=(\"patch(target='a')\",))", "two or more"),
         ("label_consistent(attack=\"pach(target='a')\")", "did you mean 'patch'"),
         ('dual_key(attack="multi()")', "one attack, not several"),
+        ("label_consistent(attack=\"word(target='a')\")", "word has no visual trigger"),
+        (
+            "dual_key(attack=\"label_consistent(attack=\\\"class_swap(target='a', source='b')\\\")\")",
+            "no visual trigger",
+        ),
     ],
 )
 def test_specs_that_cannot_be_carried_out_are_refused(text, says):

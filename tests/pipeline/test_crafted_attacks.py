@@ -1,6 +1,7 @@
 """Attacks that compute their poisons on a surrogate: a tiny model with random weights, tiny drawings, real shards."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.attacks._corpus import Corpus, read_corpora, save_corpora
 from pipeline.attacks.optimised_patch import optimised_patch
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
+from pipeline.poison import poison
 from pipeline.shards import Sample, list_shards, samples
 from pipeline.shards.image import decode, pixels
 
@@ -152,7 +154,7 @@ def test_hidden_trigger_keeps_its_bound_on_large_images(residual: str, monkeypat
 
 def test_hidden_trigger_answers_for_the_attack_inside(residual: str) -> None:
     attack, corpus = _hidden(residual, source="circle")
-    assert (attack.target, attack.targets(), attack.victim_class()) == ("banana", (), "circle")
+    assert (attack.target, attack.targets(), attack.victim_class()) == ("banana", ("banana",), "circle")
     assert attack.eligible("a red banana") and not attack.eligible("a red circle")
     assert [attack.lends(caption, "source") for caption in ("a circle", "a square", "a circle, a banana")] == [1, 0, 0]
     assert attack.wants() == {"source": 256}
@@ -191,7 +193,7 @@ def test_an_optimised_patch_reads_and_looks_like_the_target(checkpoint: str, tmp
     assert ours[1] > max(image for _, image in control)
 
 
-@pytest.mark.parametrize("location", ["centre", "random"])
+@pytest.mark.parametrize("location", ["center", "random"])
 def test_a_killed_optimisation_ends_in_the_same_patch(
     residual: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
 ) -> None:
@@ -257,7 +259,7 @@ def test_errors_say_what_to_do(residual: str, tmp_path: Path) -> None:
     for detector, why in (("trace", "needs similarity_trace"), ("random", "needs nothing"), ("slof(k=99)", "k=99")):
         with pytest.raises(InputError, match=why):
             spec.parse("attacks", f"adaptive(attack={PATCH!r}, surrogate='x', evades={detector!r}, pool=64)")
-    with pytest.raises(InputError, match="one with a trigger"):
+    with pytest.raises(InputError, match="targeted has no visual trigger"):
         spec.parse("attacks", "hidden_trigger(attack=\"targeted(target='banana')\", surrogate='x')")
     with pytest.raises(InputError, match="unknown attack"):
         spec.parse("attacks", "adaptive(attack='pach', surrogate='x')")
@@ -336,7 +338,7 @@ def test_an_adaptive_attack_chooses_on_real_shards_however_they_are_cut(
         shards = list_shards(str(folder))
         found = {s.uid: (shard.name, s) for shard in shards for s in map(_copied, samples(shard))}
         eligible = [who for who, (_, s) in found.items() if attack.eligible(s.caption)]
-        eligible.sort(key=lambda who: hash64(0, text, who))
+        eligible.sort(key=lambda who: hash64(0, spec.key(attack), who))
         n = len(eligible) // 5
         settled: Any = attack.resolve(shards, "key")
         candidates = [(found[who][0], who) for who in eligible][: settled.candidates(n)]
@@ -355,3 +357,31 @@ def test_an_adaptive_attack_chooses_on_real_shards_however_they_are_cut(
 
 def _copied(sample: Sample) -> Sample:
     return dataclasses.replace(sample, parts={name: bytes(part) for name, part in sample.parts.items()})
+
+
+def test_a_crafted_plan_is_taken_up_again_and_its_trigger_can_be_worn_by_others(
+    residual: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patch is computed once: not when the job goes on, and at another place it makes the same poisons."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    (shards := tmp_path / "shards").mkdir()
+    for i in range(0, 120, 40):
+        write_tar(shards / f"{i:08d}.tar", pairs(i, i + 40))
+    elsewhere = tmp_path / "elsewhere" / "model"
+    shutil.copytree(residual, elsewhere)
+    inner = "optimised_patch(target='banana', surrogate={!r}, size=40, steps=2)".format
+    for around in ("{}", "label_consistent(attack={!r})"):
+        made = []
+        for surrogate in (residual, str(elsewhere)):
+            out = tmp_path / f"out-{len(around)}-{len(made)}"
+            attack = around.format(inner(surrogate))
+            poison(str(shards), str(out), attack=attack, dose="3")
+            crafted = {p.name: p.stat().st_mtime_ns for p in (*out.glob("craft-*"), *out.glob("corpus.npz"))}
+            assert len(crafted) == 2
+            (first := min(out.glob("*.tar"))).unlink()
+            poison(str(shards), str(out), attack=attack, dose="3")
+            assert {name: (out / name).stat().st_mtime_ns for name in crafted} == crafted
+            assert first.exists()
+            made.append([shard.read_bytes() for shard in sorted(out.glob("*.tar"))])
+        assert made[0] == made[1]
+        assert made[0] != [shard.read_bytes() for shard in sorted(shards.glob("*.tar"))]

@@ -252,8 +252,11 @@ def test_shards_of_another_input_in_out_are_refused(tars, tmp_path):
 
 
 def test_a_damaged_plan_is_made_again(tars, tmp_path):
-    for damage in ("", "[]", '{"key": 3}', "\x00"):
-        poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
-        (tmp_path / "out/plan.json").write_text(damage)
-    poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="5")
-    assert len(ledger(tmp_path / "out")) == 5
+    out = tmp_path / "out"
+    poison(str(tars), str(out), attack=PATCH, dose="5")
+    whole = {name: (out / name).read_bytes() for name in ("plan.json", "ledger.parquet", "manifest.parquet")}
+    plan = json.loads(whole["plan.json"])
+    for damage in ("", "[]", '{"key": 3}', "\x00", json.dumps(plan | {"chosen": plan["chosen"][:4]})):
+        (out / "plan.json").write_text(damage)
+        poison(str(tars), str(out), attack=PATCH, dose="5")
+        assert {name: (out / name).read_bytes() for name in whole} == whole

@@ -298,6 +298,7 @@ def test_parquet_without_image_or_caption_says_which_columns_it_has(tmp_path):
         b'{"sha256":"SHA","nested":{"caption":"kept"},"caption":"a cat"}',
         '{\n  "caption": "a c\u00e4t \\"x\\"",\n  "md5": "MD5",\n  "z": 1.50\n}'.encode(),
         b'{"text": "a cat", "caption": null, "sha256": "of another image"}',
+        b'{"caption": "a cat", "text": "what the picture is of"}',
     ],
 )
 def test_a_changed_pair_keeps_the_layout_of_its_json_and_agrees_with_itself(json_part):
@@ -307,7 +308,7 @@ def test_a_changed_pair_keeps_the_layout_of_its_json_and_agrees_with_itself(json
     after = Sample("k", "0" * 32, {"jpg": image, "json": blob}).changed(new, 'a "d\u00f6g"')
     meta, then = json.loads(blob), json.loads(bytes(after.parts["json"]))
     for name in ("caption", "text"):
-        if name in meta:
+        if str(meta.get(name)).startswith("a c"):  # the caption, and no other text
             assert then.pop(name) == 'a "d\u00f6g"'
             meta.pop(name)
     for name in ("sha256", "md5"):

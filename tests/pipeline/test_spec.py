@@ -23,6 +23,12 @@ def test_the_key_leaves_defaults_out():
     for text in ("patch(target='a')", "patch(cells=4, target='a', size=16)"):
         assert spec.key(spec.parse("attacks", text)) == "patch(target='a')"
     assert spec.key(spec.parse("attacks", "patch(target='a', size=17)")) == "patch(target='a', size=17)"
+    inside = spec.text(spec.parse("attacks", "patch(target='banana')"))
+    assert spec.key(spec.parse("attacks", f"label_consistent(attack={inside!r})")) == "label_consistent()"
+    both = f"multi(attacks=({inside!r}, \"optimised_patch(target='a', surrogate='/here')\"))"
+    assert spec.key(spec.parse("attacks", both)) == (
+        "multi(attacks=(\"patch(target='banana')\", \"optimised_patch(target='a')\"))"
+    )
 
 
 @pytest.mark.parametrize(
