@@ -1,8 +1,16 @@
-"""What a detector sees of a shard: columns joined by uid before the call."""
+"""What a detector sees of a shard: columns joined by uid before the call.
 
-from dataclasses import dataclass, field
+A detector is a frozen dataclass with `needs`, the columns that it looks at, and `score(batch, pool)`. Two answers are
+optional: `pools`, the columns of the reference rows that it compares with (none: its pool is None), and for what only
+the whole dataset can tell `summarize(batch) -> S` and `merge(S, S) -> S`; its `score(batch, pool, summary)` gets the
+whole. Nothing else of a run is known to it.
+"""
+
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+
+SIDE = 64  # of `pixels`
 
 
 def _absent() -> np.ndarray:
@@ -13,19 +21,48 @@ def _absent() -> np.ndarray:
 class Batch:
     """n pairs. Columns that no detector of the run `needs` are empty.
 
-    uid: str[n]. image_embedding, text_embedding: float32[n, d], not normalised. similarity_trace, loss_trace: float32
-    [n, epochs], what training saw of the pair before the step that could memorise it. poisoned: bool[n], from a ledger.
+    uid: str[n].
+    image_embedding, text_embedding: float32[n, d], not normalised, NaN rows where a pair has none; `earlier_…` the same
+    of another checkpoint of the same run.
+    similarity_trace, loss_trace: float32[n, epochs], what training saw of the pair before the step that could memorise
+    it.
+    poisoned: bool[n], from a ledger.
+    caption: str[n]; image: bytes[n] as stored; image_sha256: str[n] in hex; None where there is no usable one.
+    pixels: uint8[n, SIDE, SIDE, 3], the shorter side scaled, the middle of the longer one; image_hash: uint64[n],
+    perceptual; both mean something where `decoded`: bool[n].
+    facts: float32[n, f] of the encoding (`pipeline.facts.NAMES`), NaN where one does not apply.
+    size: float32[n, 2], width and height as stored.
+    url: str[n] ("" unknown); published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is
+    that of the stored image, 0 where it is not, NaN where there is none.
     """
 
     uid: np.ndarray
     image_embedding: np.ndarray = field(default_factory=_absent)
     text_embedding: np.ndarray = field(default_factory=_absent)
+    earlier_image_embedding: np.ndarray = field(default_factory=_absent)
+    earlier_text_embedding: np.ndarray = field(default_factory=_absent)
     similarity_trace: np.ndarray = field(default_factory=_absent)
     loss_trace: np.ndarray = field(default_factory=_absent)
     poisoned: np.ndarray = field(default_factory=_absent)
+    caption: np.ndarray = field(default_factory=_absent)
+    image: np.ndarray = field(default_factory=_absent)
+    image_sha256: np.ndarray = field(default_factory=_absent)
+    pixels: np.ndarray = field(default_factory=_absent)
+    image_hash: np.ndarray = field(default_factory=_absent)
+    decoded: np.ndarray = field(default_factory=_absent)
+    facts: np.ndarray = field(default_factory=_absent)
+    size: np.ndarray = field(default_factory=_absent)
+    url: np.ndarray = field(default_factory=_absent)
+    published_similarity: np.ndarray = field(default_factory=_absent)
+    hash_agrees: np.ndarray = field(default_factory=_absent)
 
     def __len__(self) -> int:
         return len(self.uid)
+
+    def take(self, rows: np.ndarray) -> "Batch":
+        """These rows, in this order."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: values[rows] if len(values) else values for name, values in columns.items()})
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

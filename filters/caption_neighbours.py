@@ -17,6 +17,7 @@ class caption_neighbours:
     """One minus the mean cosine of the image to the images of the k pairs with the nearest captions."""
 
     needs = ("image_embedding", "text_embedding")
+    pools = needs
     k: int = 16
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:

@@ -17,6 +17,7 @@ class image_neighbours:
     """One minus the mean cosine of the caption to the captions of the k pairs with the nearest images."""
 
     needs = ("image_embedding", "text_embedding")
+    pools = needs
     k: int = 16
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:

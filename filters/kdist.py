@@ -17,6 +17,7 @@ class kdist:
     """Distance to the k-th nearest image in the pool (Huang et al. 2025)."""
 
     needs = ("image_embedding",)
+    pools = needs
     k: int = 16
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:

@@ -20,6 +20,7 @@ class slof:
     """Mean ratio of the pair's k-distance to that of its k neighbours (Huang et al. 2025, formula)."""
 
     needs = ("image_embedding",)
+    pools = needs
     k: int = 16
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:

@@ -29,7 +29,8 @@ def batch(n: int, seed: int = 0) -> Batch:
 
 
 def take(whole: Batch, rows) -> Batch:
-    return Batch(**{f.name: getattr(whole, f.name)[rows].copy() for f in dataclasses.fields(Batch)})
+    columns = {f.name: getattr(whole, f.name) for f in dataclasses.fields(Batch)}
+    return Batch(**{name: values[rows].copy() if len(values) else values for name, values in columns.items()})
 
 
 @pytest.mark.parametrize("name", DETECTORS)

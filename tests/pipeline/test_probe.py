@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipeline import ledger
 from pipeline.errors import InputError
-from pipeline.probe import NAMES, facts, probe
+from pipeline.facts import NAMES, facts
+from pipeline.probe import probe
 from pipeline.shards import Sample, encoding, list_shards, rewrite, samples
 from pipeline.shards.image import decode, encode
 

@@ -1,0 +1,125 @@
+"""The pool: reference rows of the neighbour detectors, drawn from all shards.
+
+Trade-off: a random sample instead of the whole dataset, so that scoring is one pass without an index. Its size is part
+of what a density detector means, and is recorded with the scores.
+"""
+
+import dataclasses
+import hashlib
+import heapq
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from filters._batch import Batch
+from pipeline.draw import hash64
+from pipeline.errors import InputError
+from pipeline.inputs import EARLIER, EMBEDDED, Inputs
+from pipeline.shard_map import each
+from pipeline.shards import Shard, UidRule, uids
+from pipeline.shards.sample import check_unique
+
+
+@dataclass(frozen=True)
+class Pool:
+    rows: Batch
+    model: str
+    digest: str
+
+
+def draw_pool(
+    shards: Sequence[Shard], inputs: Inputs, wanted: Collection[str], size: int, seed: int, max_failed: int
+) -> Pool:
+    """`size` pairs with the smallest hashes of (seed, uid), less unusable ones: the same however the data is sharded.
+
+    Two passes: over the uids alone, then over the shards that hold the pairs. No more than `size` are held.
+    """
+    drawn: list[tuple[int, str, str]] = []
+    for _, offered in each("pool", shards, _Offer(seed, size, inputs.uid)):
+        if isinstance(offered, InputError):
+            max_failed -= 1
+            if max_failed < 0:
+                raise offered
+            continue
+        drawn = heapq.nsmallest(size, drawn + offered.drawn)
+    by_shard: dict[str, list[str]] = {}
+    for _, who, where in drawn:
+        by_shard.setdefault(where, []).append(who)
+    rank = {who: i for i, (_, who, _) in enumerate(drawn)}
+    parts: list[Batch] = []
+    models: set[str] = set()
+    for shard, found in each("pool", [s for s in shards if s.name in by_shard], _Columns(inputs), by_shard, wanted):
+        if isinstance(found, InputError):
+            raise found
+        models.add(found.model)
+        if len(models) > 1:
+            raise InputError(
+                f"{inputs.embeddings}: shard {shard.name} was embedded by another model; embed all with one"
+            )
+        parts.append(found.rows)
+    rows = _joined(parts)
+    rows = rows.take(np.argsort([rank[who] for who in rows.uid]))
+    if not len(rows):
+        raise InputError(f"{inputs.embeddings}: no usable pairs for a pool of {size}")
+    check_unique(rows.uid.tolist(), "the pool")
+    sha256 = hashlib.sha256("".join(rows.uid).encode())
+    for name in sorted(wanted):
+        values = getattr(rows, name)
+        sha256.update(repr(values.tolist()).encode() if values.dtype == object else values.tobytes())
+    return Pool(rows, models.pop(), sha256.hexdigest())
+
+
+@dataclass(frozen=True)
+class _Offered:
+    read: int
+    drawn: list[tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """The pairs of a shard that may be in the pool: hash, uid, shard."""
+
+    seed: int
+    size: int
+    uid: UidRule
+
+    def __call__(self, shard: Shard) -> _Offered:
+        every = uids(shard, self.uid)
+        hashes = ((hash64(self.seed, "pool", who), who, shard.name) for who in every)
+        return _Offered(len(every), heapq.nsmallest(self.size, hashes))
+
+
+@dataclass(frozen=True)
+class _Held:
+    read: int
+    model: str
+    rows: Batch
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The pool's pairs of a shard that have all their values."""
+
+    inputs: Inputs
+
+    def __call__(self, shard: Shard, by_shard: dict[str, list[str]], wanted: Collection[str]) -> _Held:
+        found, model = self.inputs.batch(shard, by_shard[shard.name], wanted)
+        usable = np.ones(len(found), bool)
+        for name in wanted:
+            values = getattr(found, name)
+            if values.dtype == object:
+                usable &= np.asarray([value is not None for value in values], bool)
+            elif name in (*EMBEDDED, *EARLIER):
+                usable &= np.isfinite(values).all(axis=1)
+        if len(found.decoded):
+            usable &= found.decoded
+        return _Held(len(found), model, found.take(np.flatnonzero(usable)))
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return Batch(np.empty(0, object))
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
+    return Batch(**{name: np.concatenate(values) for name, values in columns.items()})
