@@ -111,7 +111,7 @@ class _Columns:
             if values.dtype == object:
                 usable &= np.asarray([value is not None for value in values], bool)
             elif name in (*EMBEDDED, *EARLIER):
-                usable &= np.isfinite(values).all(axis=1)
+                usable &= np.isfinite(values).all(axis=1) & values.any(axis=1)  # zeros have no direction
         if len(found.decoded):
             usable &= found.decoded
         return _Held(len(found), model, found.take(np.flatnonzero(usable)))
