@@ -32,7 +32,7 @@ class learning_order:
         return one + other
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
-        threshold = -1 + 2 * (np.searchsorted(summary.cumsum(), summary.sum() / 2) + 0.5) / BINS
+        threshold = -1 + 2 * np.searchsorted(summary.cumsum(), summary.sum() / 2) / BINS
         values = last_seen(batch.similarity_trace[:, : self.until or None]).astype(np.float64)
         reached = values >= threshold
         first = reached.argmax(axis=1)

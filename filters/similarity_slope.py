@@ -1,8 +1,9 @@
 """Is the pair still being learnt when the others have been?
 
 Trade-off: clean pairs rise early and level off, a poison starts as a mismatch and rises when it is learnt. Before that
-it rises less than any clean pair and the sign is wrong: `trace` and `clip_score` are for that time. A hard clean pair
-rises late as well.
+it rises less than any clean pair and the sign is wrong: `trace` and `clip_score` are for that time. A line is steepest
+for a step in the middle of the epochs, so what is learnt in the last few looks like what was learnt in the first; and
+hard clean pairs rise late as well.
 Source: ours; the variability of dataset cartography (Swayamdipta et al. 2020) with its direction kept.
 """
 
