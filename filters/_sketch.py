@@ -28,6 +28,11 @@ def count(counters: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return np.min([row[cells] for row, cells in zip(counters, _cells(keys), strict=True)], axis=0).astype(np.int64)
 
 
+def background(counters: np.ndarray) -> float:
+    """What a count has too many on average."""
+    return float(counters[0].sum(dtype=np.float64) / WIDTH)
+
+
 def _cells(keys: np.ndarray) -> Iterable[np.ndarray]:
     for factor in _FACTORS[:DEPTH]:
         yield ((keys * np.uint64(factor)) >> np.uint64(64 - BITS)).astype(np.int64)

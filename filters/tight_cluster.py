@@ -17,7 +17,7 @@ from filters._knn import neighbours
 
 @dataclass(frozen=True)
 class tight_cluster:
-    """How far the pair and its k nearest images are nearer than the pool at large, in images and in captions alike."""
+    """How much nearer than the pool at large are the k nearest images, and their captions, to the pair: the lesser."""
 
     needs = ("image_embedding", "text_embedding")
     pools = needs
@@ -29,12 +29,8 @@ class tight_cluster:
         widest = np.full(len(batch), -np.inf)
         for name in self.needs:
             own, theirs = unit(getattr(batch, name)), unit(getattr(pool, name))
-            total = own + theirs[index].sum(axis=1)
-            usual = _spread(np.nansum(theirs, axis=0)[None], len(theirs))[0]
-            widest = np.maximum(widest, _spread(total, self.k + 1) / np.maximum(usual, 1e-6))
+            spread = 1 - np.einsum("nd,nkd->n", own, theirs[index]) / self.k
+            n, total = len(theirs), theirs.sum(axis=0, dtype=np.float64)
+            usual = 1 - (total @ total - n) / (n * (n - 1))  # one minus the mean cosine of each two
+            widest = np.maximum(widest, spread / max(usual, 1e-6))
         return 1 - widest
-
-
-def _spread(total: np.ndarray, n: int) -> np.ndarray:
-    """One minus the mean cosine of each two of n unit rows, from their sum."""
-    return 1 - ((total**2).sum(axis=1) - n) / (n * (n - 1))
