@@ -4,8 +4,9 @@ Trade-off: finds a patch that always sits at one place and covers a whole cell o
 an eighth of the image's side is enough anywhere and a sixteenth in a corner. One that wanders, blends in, or is so fine
 that it is grey at that size is not seen; a watermark or a template's frame is the same thing to it. Edges recur by
 chance at every place alike, so what counts is more than the content's share of all places. Cells with little contrast
-are left out. In copies of whole images most cells recur, so the median cell is taken off. One pass, up to 640 additions
-an image to one sketch (`filters/_sketch.py`), whose background is part of what is expected.
+are left out. In copies of whole images most cells recur, so the median cell is taken off; but an image that happens to
+share one cell with a thousand copies looks patched: remove copies first. One pass, up to 640 additions an image to one
+sketch (`filters/_sketch.py`), whose background is part of what is expected.
 Source: ours; trigger patches of Gu et al. 2017 (BadNets) as used on CLIP by Carlini & Terzis, ICLR 2022.
 """
 

@@ -183,15 +183,24 @@ def pictured(images: list[Image.Image]) -> Batch:
     return Batch(names(len(images)), pixels=small, image_hash=hashes, decoded=np.ones(len(images), bool))
 
 
-def test_a_patch_at_one_place_comes_before_copies_white_corners_and_photos():
+def test_a_patch_at_one_place_comes_before_photos_and_white_corners():
     framed = [Image.new("RGB", (96, 96), "white") for _ in range(60)]
     for i, image in enumerate(framed):  # never at one place: a frame at one place is a patch
         image.paste(photo(900 + i).resize((50, 50)), (2 + 23 * i % 41, 2 + 17 * i % 43))
-    images = [with_patch(photo(i)) for i in range(20)]
-    images += [photo(100 + i) for i in range(150)] + [photo(500)] * 40 + framed
+    images = [with_patch(photo(i)) for i in range(20)] + [photo(100 + i) for i in range(150)] + framed
     scores = scored("recurring_patch", pictured(images))
-    print(scores[:20].min(), *[np.quantile(scores[a:b],[.5,1]) for a,b in ((20,170),(170,210),(210,270))])
     assert scores[20:].max() < scores[:20].min()
+
+
+def test_copies_of_whole_images_are_no_patch():
+    """Their cells are counted all the same, so that another image with one of them has a patch."""
+    copies = pictured([photo(500)] * 40 + [photo(i) for i in range(100)])
+    scores = scored("recurring_patch", copies)
+    assert scores[:40].max() < 10
+    single = scored("recurring_patch", copies.take(np.arange(39, 140)))
+    part = copies.take(np.arange(140))
+    part.pixels[40, :8, :32] = part.pixels[0, :8, :32]
+    assert single[1:].max() < 10 < scored("recurring_patch", part)[40]
 
 
 def test_a_wandering_patch_is_missed_as_the_trade_off_says():
