@@ -90,6 +90,8 @@ def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
         if data > total:
             raise InputError(f"{path}: truncated at byte {total} (no end-of-archive blocks); fetch the shard again")
         size, kind = _size(path, header, offset), header[156]
+        if kind == _DIRECTORY and size:  # POSIX: a hint about the folder, and no content; not all readers know
+            raise InputError(f"{path}: member {_text(_name(header))!r} at byte {start} is half a directory; refused")
         end = data + size
         offset = (end + 511) & -BLOCK
         if offset > reached:
