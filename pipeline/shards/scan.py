@@ -90,12 +90,12 @@ def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
         if data > total:
             raise InputError(f"{path}: truncated at byte {total} (no end-of-archive blocks); fetch the shard again")
         size, kind = _size(path, header, offset), header[156]
-        if kind == _DIRECTORY and size:  # POSIX: a hint about the folder, and no content; not all readers know
-            raise InputError(f"{path}: member {_text(_name(header))!r} at byte {start} is half a directory; refused")
         end = data + size
         offset = (end + 511) & -BLOCK
         if offset > reached:
             if offset > total:
+                if kind in _REGULAR:  # not all readers see content there
+                    _names_a_folder(path, header, long_name or _short_name(path, header, start), start)
                 where = f"byte {total} inside {_text(_name(header))!r}"
                 raise InputError(f"{path}: truncated at {where}; fetch the shard again")
             reached = tar.reach(offset, reached)
