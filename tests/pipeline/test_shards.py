@@ -352,7 +352,7 @@ def test_junk_behind_a_checksum_is_read_as_others_do(tmp_path, at, byte):
 
 
 def test_an_old_directory_with_a_size_is_refused_before_it_is_called_truncated(tmp_path):
-    """Found by the fuzzer: an empty file whose name ends in a slash was a directory once; some readers skip its size."""
+    """Found by the fuzzer: an empty file whose name ends in a slash was a directory once; some skip its size."""
     header = bytearray(tarfile.TarInfo("folder/").tobuf(tarfile.GNU_FORMAT))
     header[124:135], header[148:156], header[156] = b"%011o" % 5120, b" " * 8, 0
     header[148:156] = b"%06o\0 " % sum(header)
