@@ -1,7 +1,7 @@
 """Counts over the whole dataset in fixed memory: a count-min sketch (Cormode & Muthukrishnan, J. Algorithms 2005).
 
 Trade-off: DEPTH x WIDTH counters, 16 MB, whatever the dataset's size. A count is an upper bound: of N additions, all
-keys share a background of about N / WIDTH (by the theorem at most e N / WIDTH more than the truth in 98 % of queries),
+keys share a background of up to N / WIDTH (by the theorem at most e N / WIDTH more than the truth in 98 % of queries),
 which moves all scores alike and not their order; order is blurred by its square root. So of 400M captions a count has
 400 too many, give or take 20; below a million there is nothing to see of it. Sketches of shards add up to that of the
 dataset in any order. A counter wraps at 2^32.
@@ -29,8 +29,11 @@ def count(counters: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def background(counters: np.ndarray) -> float:
-    """What a count has too many on average."""
-    return float(counters[0].sum(dtype=np.float64) / WIDTH)
+    """What a count has too many on average: that of keys which were never added.
+
+    The mean counter is far off where few keys are most of the additions: the least of DEPTH rows avoids those.
+    """
+    return float(count(counters, mixed(np.arange(2**63, 2**63 + 4096, dtype=np.uint64))).mean())
 
 
 def _cells(keys: np.ndarray) -> Iterable[np.ndarray]:

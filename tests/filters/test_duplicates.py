@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from test_detectors import batch as any_batch
 
 from filters._batch import SIDE, Batch, unit
-from filters._sketch import WIDTH, count, hashed, mixed, sketch
+from filters._sketch import WIDTH, background, count, hashed, mixed, sketch
 from pipeline import spec
 from pipeline.published import phash
 from pipeline.score import read_scores, score
@@ -50,6 +50,15 @@ def test_a_sketch_counts_at_least_the_truth_and_within_its_bound():
     assert (absent <= np.e * len(keys) / WIDTH).mean() > 0.98
     assert counters.dtype == np.uint32
     assert counters.nbytes == 16 * 2**20
+
+
+def test_the_background_is_that_of_absent_keys_however_skewed_the_others_are():
+    rng = np.random.default_rng(0)
+    absent = mixed(np.arange(2**61, 2**61 + 200_000))
+    for keys in (rng.integers(0, 2**40, 6_000_000), np.concatenate([np.full(6_000_000, 7), rng.integers(0, 9, 99)])):
+        counters = sketch(mixed(keys))
+        assert abs(background(counters) - count(counters, absent).mean()) < 0.1
+    assert background(counters) < 0.01 < len(keys) / WIDTH
 
 
 def test_sketches_of_parts_add_up_and_of_nothing_are_nothing():
