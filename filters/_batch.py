@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 SIDE = 64  # of `pixels`
+BANDS = 16  # of `spectrum`
 
 
 def _absent() -> np.ndarray:
@@ -30,9 +31,11 @@ class Batch:
     caption: str[n]; image: bytes[n] as stored; image_sha256: str[n] in hex; None where there is no usable one.
     pixels: uint8[n, SIDE, SIDE, 3], the shorter side scaled, the middle of the longer one; image_hash: uint64[n],
     perceptual; both mean something where `decoded`: bool[n].
+    spectrum: float32[n, BANDS], log10 of the mean squared DCT coefficient of each band of frequencies, low to high, NaN
+    where the image cannot be decoded.
     facts: float32[n, f] of the encoding (`pipeline.facts.NAMES`), NaN where one does not apply.
     size: float32[n, 2], width and height as stored.
-    url: str[n] ("" unknown); published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is
+    url, language: str[n] ("" unknown), as the sample's metadata says; published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is
     that of the stored image, 0 where it is not, NaN where there is none.
     """
 
@@ -50,9 +53,11 @@ class Batch:
     pixels: np.ndarray = field(default_factory=_absent)
     image_hash: np.ndarray = field(default_factory=_absent)
     decoded: np.ndarray = field(default_factory=_absent)
+    spectrum: np.ndarray = field(default_factory=_absent)
     facts: np.ndarray = field(default_factory=_absent)
     size: np.ndarray = field(default_factory=_absent)
     url: np.ndarray = field(default_factory=_absent)
+    language: np.ndarray = field(default_factory=_absent)
     published_similarity: np.ndarray = field(default_factory=_absent)
     hash_agrees: np.ndarray = field(default_factory=_absent)
 
