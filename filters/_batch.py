@@ -3,7 +3,8 @@
 A detector is a frozen dataclass with `needs`, the columns that it looks at, and `score(batch, pool)`. Two answers are
 optional: `pools`, the columns of the reference rows that it compares with (none: its pool is None), and for what only
 the whole dataset can tell `summarize(batch) -> S` and `merge(S, S) -> S`; its `score(batch, pool, summary)` gets the
-whole. Nothing else of a run is known to it.
+whole. Nothing else of a run is known to it. One with a model says so: `files`, what it reads besides (scores are made
+anew when they change), and `gpu`, whether it is worth one.
 """
 
 from dataclasses import dataclass, field, fields

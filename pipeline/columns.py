@@ -17,7 +17,7 @@ from PIL import Image
 from filters._batch import BANDS, SIDE
 from pipeline.facts import NAMES, facts
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
-from pipeline.shards.image import decode, pixels
+from pipeline.shards.image import decode, pixels, prepared
 from pipeline.tables import METADATA, column, said
 
 SEEN = 224  # pixels a side
@@ -40,12 +40,17 @@ def _phash(sample: Sample) -> int:
 
 
 def _spectrum(sample: Sample) -> np.ndarray:
-    """Of the grey image at the size at which CLIPs look; bands are rings of equal width around frequency zero."""
+    """Of the grey image as CLIPs look at it, or smaller: enlarging would leave the upper bands empty.
+
+    Bands are rings of equal width around frequency zero, the corners counted with the last.
+    """
     from scipy.fft import dctn
 
-    grey = pixels(sample, SEEN).astype(np.float32) @ np.asarray((0.299, 0.587, 0.114), np.float32)
+    image = decode(sample.image, near=SEEN)
+    size = max(2 * BANDS, min(SEEN, *image.size))
+    grey = prepared(image, size).astype(np.float32) @ np.asarray((0.299, 0.587, 0.114), np.float32)
     power = dctn(grey - grey.mean(), norm="ortho") ** 2
-    ring = np.minimum(np.hypot(*np.indices(power.shape)) * (BANDS / SEEN), BANDS - 1).astype(np.int64).ravel()
+    ring = np.minimum(np.hypot(*np.indices(power.shape)) * (BANDS / size), BANDS - 1).astype(np.int64).ravel()
     mean = np.bincount(ring, power.ravel(), BANDS) / np.bincount(ring, minlength=BANDS)
     return np.log10(mean + ROUNDING)
 

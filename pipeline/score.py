@@ -82,13 +82,14 @@ def score(
         "pool_digest": reference.digest if reference else "",
         "seed": seed,
         "uid": uid,
-        "inputs": spec.digest([stamp(path) for path in inputs.files(listed, needs)]),
+        "inputs": spec.digest([stamp(path) for path in [*inputs.files(listed, needs), *_own_files(entries)]]),
         "ledger": spec.digest(sorted(known)) if known is not None else "",
     }
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
     work = _Score(tuple(entries), inputs, facts)
     job = Job("score", facts, out, max_failed_shards)
-    markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries)
+    gpu = any(getattr(entry, "gpu", False) for entry in entries)
+    markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries, gpu=gpu)
     total = sum(m["read"] for m in markers)
     for name in names:
         spent = sum(m["seconds"].get(name, 0.0) for m in markers)
@@ -106,6 +107,11 @@ def read_scores(path: str) -> dict[str, np.ndarray]:
     """`uid` str[n] and one float32[n] a detector spec."""
     table = sidecars.read(path, ("uid",), "make the scores with `mithridate score`")
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def _own_files(entries: Sequence[Any]) -> list[str]:
+    """What detectors read besides the columns: with other weights in it, a score is another one."""
+    return sorted({file for entry in entries for file in getattr(entry, "files", ())})
 
 
 def _summaries(shards: Sequence[Shard], entries: Sequence[Any], inputs: Inputs, max_failed: int) -> dict[str, Any]:
