@@ -36,8 +36,9 @@ class Batch:
     where the image cannot be decoded.
     facts: float32[n, f] of the encoding (`pipeline.facts.NAMES`), NaN where one does not apply.
     size: float32[n, 2], width and height as stored.
-    url, language: str[n] ("" unknown), as the sample's metadata says; published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is
-    that of the stored image, 0 where it is not, NaN where there is none.
+    url, language: str[n] ("" unknown), as the sample's metadata says.
+    published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is that of the stored image, 0
+    where it is not, NaN where there is none.
     """
 
     uid: np.ndarray

@@ -63,7 +63,7 @@ class cognitive_distillation:
                 rows.append(row)
                 images.append(image)
             if len(rows) == TOGETHER or (rows and row == len(batch) - 1):
-                scores[rows] = self._norms(model, images, batch.uid[rows])
+                scores[rows] = self._norms(model, images, batch.uid[rows].tolist())
                 rows, images = [], []
         return -scores
 

@@ -33,6 +33,6 @@ class datacomp_basic:
             short < SHORTEST,
             long > ASPECT * short,
         )
-        failed = np.sum(rules, axis=0).astype(np.float64)
+        failed = np.stack([np.asarray(rule, np.float64) for rule in rules]).sum(axis=0)
         failed[np.isnan(short) | [caption is None for caption in batch.caption]] = np.nan
         return failed
