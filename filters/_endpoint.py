@@ -80,9 +80,11 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)  # noqa: S310
         with _OPENER.open(request, timeout=self.timeout) as response:
-            answer = response.read(MAX_ANSWER + 1)
-        if len(answer) > MAX_ANSWER:
-            raise Refused(f"an answer of more than {MAX_ANSWER} bytes")
+            answer: bytes = response.read(MAX_ANSWER + 1)
+            if len(answer) > MAX_ANSWER:
+                raise Refused(f"an answer of more than {MAX_ANSWER} bytes")
+            if response.length:  # torn: read(n) does not say so
+                raise http.client.IncompleteRead(answer, response.length)
         return answer
 
     def _explain(self, status: int, attempt: int) -> None:
