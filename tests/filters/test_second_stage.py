@@ -110,8 +110,9 @@ def test_a_rerank_asks_for_what_its_parts_ask_for():
     whole = Batch(whole.uid, whole.image_embedding, url=urls, hash_agrees=(np.arange(300) >= 20).astype(np.float32))
     total = entry.merge(entry.summarize(whole.take(np.arange(30))), entry.summarize(whole.take(np.arange(30, 300))))
     scores = entry.score(whole, whole, total)
-    assert set(np.flatnonzero(scores > 0)) <= set(range(20))
-    assert (scores > 0).any()
+    checked = set(np.flatnonzero(scores > 0))
+    assert checked >= set(range(20))  # the domain without one match, and a tenth of all by lot
+    assert len(checked) < 60
 
 
 @pytest.mark.parametrize(
