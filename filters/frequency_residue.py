@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import BANDS, Batch
+from pipeline.errors import InputError
 
 HIGH = BANDS // 2  # the first of the high bands: half of the highest frequency along an axis
 MAD = 1.4826  # of a normal distribution, in standard deviations
@@ -26,6 +27,8 @@ class frequency_residue:
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
         usual = pool.spectrum[np.isfinite(pool.spectrum).all(axis=1)].astype(np.float64)
+        if len(usual) <= BANDS:
+            raise InputError(f"frequency_residue: {len(usual)} of the pool's images can be decoded; give --pool more")
         predict = np.linalg.lstsq(_low(usual), usual[:, HIGH:], rcond=None)[0]
         spread = usual[:, HIGH:] - _low(usual) @ predict
         centre = np.median(spread, axis=0)

@@ -18,7 +18,7 @@ from filters._batch import Batch
 from pipeline import spec
 from pipeline.draw import hash64
 
-_CUTS: dict[str, tuple[float, float]] = {}  # of the last pool that this process has seen
+_CUTS: dict[str, tuple[float, float]] = {}  # of the pools that this process has seen: two numbers each
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class rerank:
             spec.parse("detectors", text)  # says what is wrong with it
         if self._cheap.__class__ is rerank:
             raise ValueError("the first stage of a rerank cannot be one; let its check be one")
+        if "poisoned" in self._cheap.needs:
+            raise ValueError(
+                "the first stage scores the pool, of which no ledger is asked; let the check be the oracle"
+            )
 
     @property
     def _cheap(self) -> Any:
@@ -104,7 +108,6 @@ class rerank:
             scores = scores[np.isfinite(scores)]
             cut = np.quantile(scores, 1 - self.share, method="inverted_cdf") if len(scores) else np.inf
             above, at = (scores > cut).sum(), max((scores == cut).sum(), 1)
-            _CUTS.clear()
             _CUTS[key] = float(cut), float((self.share * len(scores) - above) / at)
         return _CUTS[key]
 

@@ -68,7 +68,7 @@ def score(
         known = poisoned_uids(ledger or beside(listed))
     comparing = [entry for entry in entries if hasattr(entry, "pools")]
     columns = {column for entry in comparing for column in entry.pools}
-    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if columns else None
+    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if comparing else None
     for entry in comparing:
         if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(

@@ -14,6 +14,7 @@ from filters import cognitive_distillation as module
 from filters._batch import BANDS, Batch
 from pipeline import spec
 from pipeline.columns import COLUMNS
+from pipeline.errors import InputError
 from pipeline.facts import NAMES
 from pipeline.shards import Sample
 
@@ -87,6 +88,12 @@ def test_the_spectrum_is_that_of_the_dct():
 @pytest.mark.parametrize("size", [(1, 1), (3, 300), (500, 7), (33, 1000)])
 def test_tiny_and_narrow_images_have_a_spectrum(size):
     assert np.isfinite(spectrum(encoded(drawing(1)[0].resize(size), "png"))).all()
+
+
+def test_a_pool_without_pictures_is_an_error():
+    whole = Batch(uids(30), spectrum=np.full((30, BANDS), np.nan, np.float32))
+    with pytest.raises(InputError, match="0 of the pool's images can be decoded"):
+        detector("frequency_residue").score(whole, whole)
 
 
 # Encoding

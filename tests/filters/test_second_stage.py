@@ -18,6 +18,7 @@ from filters._batch import Batch
 from filters.visual_judge import _answers, _questions
 from pipeline import spec
 from pipeline.errors import InputError
+from pipeline.score import read_scores, score
 
 
 def objects(values) -> np.ndarray:
@@ -122,6 +123,7 @@ def test_a_rerank_asks_for_what_its_parts_ask_for():
         ("rerank(detector='slof', check='slof', share=1)", "share"),
         (f"rerank(detector={RERANK!r}, check='slof')", "first stage"),
         ("rerank(detector='slof')", "check"),
+        ("rerank(detector='oracle', check='slof')", "let the check be the oracle"),
     ],
 )
 def test_a_rerank_of_nonsense_is_an_error(text, says):
@@ -215,7 +217,7 @@ def _handler(judge: Judge) -> type[BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nobody asks about this machine
     monkeypatch.delenv(_endpoint.KEY, raising=False)
     monkeypatch.setattr(_endpoint, "FIRST_PAUSE", 0.001)
     served = Judge()
@@ -377,3 +379,15 @@ def test_answers_are_read_by_their_numbers(text, expected):
 def test_questions_are_lines_that_ask():
     text = "Sure!\n1. Is it red?\n- Is it round?\n  Q2: Is it big?  \nno question\n" + "x" * 400 + "?\n2) 2 cats?"
     assert list(_questions(text)) == ["Is it red?", "Is it round?", "Is it big?", "2 cats?"]
+
+
+def test_the_score_job_runs_a_summary_a_pool_and_the_judge(tars, tmp_path, judge):
+    """Sixty drawings in three shards: the judge hears of the tenth that a detector of the whole dataset suspects."""
+    check = spec.text(asked(judge, questions=1))
+    detectors = ("domain_cluster", f"rerank(detector='random', check={check!r}, share=0.1)", "frequency_residue")
+    score(str(tars), str(tmp_path / "scores"), detector=detectors)
+    found = [read_scores(str(path)) for path in sorted((tmp_path / "scores").glob("*.scores.parquet"))]
+    assert sum(len(part["uid"]) for part in found) == 60
+    reranked = np.concatenate([part[spec.text(spec.parse("detectors", detectors[1]))] for part in found])
+    assert (reranked > 0).sum() == len(judge.requests) == 6
+    assert np.isfinite(np.concatenate([part["domain_cluster(by='hash', prior=20.0)"] for part in found])).all()
