@@ -5,9 +5,9 @@ small and smooth. A backdoored image is its trigger to the model, so a small mas
 suspicious (the paper's reading). Only a checkpoint that has learnt the backdoor can show it.
 
 Trade-off: `steps` forward and backward passes an image, by far the dearest detector here (the published run on CC3M
-is reported with 11 h on four A100): made for `rerank`. The random colours hang on the uid, and batches are filled up to one size,
-so that the company of a pair does not matter on one machine; another kind of device gives other last digits, which
-a hundred steps enlarge.
+is reported with 11 h on four A100): made for `rerank`. The random colours hang on the uid, and batches are filled up to
+one size, so that the company of a pair does not matter on one machine; another kind of device gives other last digits,
+which a hundred steps enlarge.
 Source: Huang et al., ICLR 2023; with CLIP's image features and these defaults Huang et al., ICLR 2025. Their released
 code writes gamma for the paper's alpha. It weighs the sum over all pixels, so it is one for 224 x 224; a model that
 sees fewer pixels wants a larger one for the same pull.
