@@ -3,7 +3,8 @@
 A detector is a frozen dataclass with `needs`, the columns that it looks at, and `score(batch, pool)`. Two answers are
 optional: `pools`, the columns of the reference rows that it compares with (none: its pool is None), and for what only
 the whole dataset can tell `summarize(batch) -> S` and `merge(S, S) -> S`; its `score(batch, pool, summary)` gets the
-whole. Nothing else of a run is known to it.
+whole. Nothing else of a run is known to it. One with a model says so: `files`, what it reads besides (scores are made
+anew when they change), and `gpu`, whether it is worth one.
 """
 
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 SIDE = 64  # of `pixels`
+BANDS = 16  # of `spectrum`
 
 
 def _absent() -> np.ndarray:
@@ -30,10 +32,13 @@ class Batch:
     caption: str[n]; image: bytes[n] as stored; image_sha256: str[n] in hex; None where there is no usable one.
     pixels: uint8[n, SIDE, SIDE, 3], the shorter side scaled, the middle of the longer one; image_hash: uint64[n],
     perceptual; both mean something where `decoded`: bool[n].
+    spectrum: float32[n, BANDS], log10 of the mean squared DCT coefficient of each band of frequencies, low to high, NaN
+    where the image cannot be decoded.
     facts: float32[n, f] of the encoding (`pipeline.facts.NAMES`), NaN where one does not apply.
     size: float32[n, 2], width and height as stored.
-    url: str[n] ("" unknown); published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is
-    that of the stored image, 0 where it is not, NaN where there is none.
+    url, language: str[n] ("" unknown), as the sample's metadata says.
+    published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is that of the stored image, 0
+    where it is not, NaN where there is none.
     """
 
     uid: np.ndarray
@@ -50,9 +55,11 @@ class Batch:
     pixels: np.ndarray = field(default_factory=_absent)
     image_hash: np.ndarray = field(default_factory=_absent)
     decoded: np.ndarray = field(default_factory=_absent)
+    spectrum: np.ndarray = field(default_factory=_absent)
     facts: np.ndarray = field(default_factory=_absent)
     size: np.ndarray = field(default_factory=_absent)
     url: np.ndarray = field(default_factory=_absent)
+    language: np.ndarray = field(default_factory=_absent)
     published_similarity: np.ndarray = field(default_factory=_absent)
     hash_agrees: np.ndarray = field(default_factory=_absent)
 

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from filters._batch import SIDE
+from filters._batch import BANDS, SIDE
 from pipeline.facts import NAMES, facts
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
-from pipeline.shards.image import decode, pixels
+from pipeline.shards.image import decode, pixels, prepared
 from pipeline.tables import METADATA, column, said
+
+SEEN = 224  # pixels a side
+ROUNDING = 1 / 12  # the energy of rounding to whole grey levels; below it there is nothing to see
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,22 @@ def _phash(sample: Sample) -> int:
     from pipeline.published import phash
 
     return phash(decode(sample.image, near=SIDE))
+
+
+def _spectrum(sample: Sample) -> np.ndarray:
+    """Of the grey image as CLIPs look at it, or smaller: enlarging would leave the upper bands empty.
+
+    Bands are rings of equal width around frequency zero, the corners counted with the last.
+    """
+    from scipy.fft import dctn
+
+    image = decode(sample.image, near=SEEN)
+    size = max(2 * BANDS, min(SEEN, *image.size))
+    grey = prepared(image, size).astype(np.float32) @ np.asarray((0.299, 0.587, 0.114), np.float32)
+    power = dctn(grey - grey.mean(), norm="ortho") ** 2
+    ring = np.minimum(np.hypot(*np.indices(power.shape)) * (BANDS / size), BANDS - 1).astype(np.int64).ravel()
+    mean = np.bincount(ring, power.ravel(), BANDS) / np.bincount(ring, minlength=BANDS)
+    return np.log10(mean + ROUNDING)
 
 
 def _facts(sample: Sample) -> np.ndarray:
@@ -68,9 +87,11 @@ COLUMNS: Mapping[str, _Column] = {
     "pixels": _Column(lambda s: pixels(s, SIDE), np.uint8, np.zeros((SIDE, SIDE, 3), np.uint8)),
     "image_hash": _Column(_phash, np.uint64, 0),
     "decoded": _Column(lambda s: decode(s.image, near=SIDE) is not None, bool, False),
+    "spectrum": _Column(_spectrum, np.float32, np.full(BANDS, np.nan, np.float32)),
     "facts": _Column(_facts, np.float32, np.full(len(NAMES), np.nan, np.float32)),
     "size": _Column(_size, np.float32, (np.nan, np.nan)),
     "url": _Column(lambda s: said(s.meta, "url"), object, ""),
+    "language": _Column(lambda s: said(s.meta, "language"), object, ""),
     "published_similarity": _Column(_similarity, np.float32, np.nan),
     "hash_agrees": _Column(_hash_agrees, np.float32, np.nan),
 }

@@ -68,7 +68,7 @@ def score(
         known = poisoned_uids(ledger or beside(listed))
     comparing = [entry for entry in entries if hasattr(entry, "pools")]
     columns = {column for entry in comparing for column in entry.pools}
-    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if columns else None
+    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if comparing else None
     for entry in comparing:
         if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(
@@ -85,7 +85,7 @@ def score(
         "pool_digest": reference.digest if reference else "",
         "seed": seed,
         "uid": uid,
-        "inputs": spec.digest([stamp(path) for path in inputs.files(listed, needs)]),
+        "inputs": spec.digest([stamp(path) for path in [*inputs.files(listed, needs), *_own_files(entries)]]),
         "ledger": spec.digest(sorted(known)) if known is not None else "",
         # a summary is of all shards: where one changes, the scores of the others do
         "shards": spec.digest([stamp(shard.path) for shard in listed]) if counting else "",
@@ -93,7 +93,8 @@ def score(
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
     work = _Score(tuple(entries), inputs, models, facts)
     job = Job("score", facts, out, max_failed_shards)
-    markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries)
+    gpu = any(getattr(entry, "gpu", False) for entry in entries)
+    markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries, gpu=gpu)
     for marker in markers:  # without a pool no shard knew of another
         check_one_model(models, marker["facts"]["models"], marker["output"])
         models = models | marker["facts"]["models"]
@@ -114,6 +115,11 @@ def read_scores(path: str) -> dict[str, np.ndarray]:
     """`uid` str[n] and one float32[n] a detector spec."""
     table = sidecars.read(path, ("uid",), "make the scores with `mithridate score`")
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def _own_files(entries: Sequence[Any]) -> list[str]:
+    """What detectors read besides the columns: with other weights in it, a score is another one."""
+    return sorted({file for entry in entries for file in getattr(entry, "files", ())})
 
 
 def _summaries(shards: Sequence[Shard], entries: Sequence[Any], inputs: Inputs, max_failed: int) -> dict[str, Any]:

@@ -24,10 +24,9 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.shards.store import whole
+from train.checkpoints import CONFIG, WEIGHTS
 from train.recipes import Recipe
 
-CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
 BATCH = 512
 
 

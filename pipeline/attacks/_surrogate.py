@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.shards.store import absolute
+from train.checkpoints import REMOTE
 
 if TYPE_CHECKING:
     import torch
 
-REMOTE = "open_clip:"
 LOADED = 2  # models a process keeps: an attack inside another may have its own
-_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -81,15 +79,6 @@ def settled(checkpoint: str) -> str:
         checkpoint = absolute(checkpoint)
     surrogate(checkpoint)
     return checkpoint
-
-
-def files(checkpoint: str) -> tuple[str, ...]:
-    """The local files of a checkpoint, as far as they exist."""
-    name = checkpoint.removeprefix(REMOTE).removeprefix("local-dir:")
-    paths = [Path(name) / file for file in _FILES]
-    if checkpoint.startswith(REMOTE):
-        paths.append(Path(name.partition("/")[2]))  # open_clip:MODEL/FILE
-    return tuple(str(path) for path in paths if path.is_file())
 
 
 def tensor(image: np.ndarray) -> "torch.Tensor":

@@ -41,6 +41,7 @@ from pipeline.progress import console
 from pipeline.shard_map import each
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples, uids
 from pipeline.shards.image import pixels
+from train import checkpoints
 
 EMBEDDINGS = ("image_embedding", "text_embedding")
 
@@ -77,7 +78,7 @@ class adaptive(Around):
         return spec.parse("detectors", self.evades)
 
     def inputs(self) -> tuple[str, ...]:
-        return (*super().inputs(), *_surrogate.files(self.surrogate))
+        return (*super().inputs(), *checkpoints.files(self.surrogate))
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
         return replace(super().resolve(shards, uid), surrogate=_surrogate.settled(self.surrogate))

@@ -24,6 +24,7 @@ from pipeline.attacks._attack import AttackSpec
 from pipeline.attacks._corpus import Corpus, names_target
 from pipeline.shards import Sample, Shard, UidRule
 from pipeline.shards.image import decode, encode
+from train import checkpoints
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class hidden_trigger(Around):
         return not self.eligible(caption) and (not self.source or names_target(caption, self.source))
 
     def inputs(self) -> tuple[str, ...]:
-        return (*_surrogate.files(self.surrogate), *super().inputs())
+        return (*checkpoints.files(self.surrogate), *super().inputs())
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Self:
         return replace(super().resolve(shards, uid), surrogate=_surrogate.settled(self.surrogate))

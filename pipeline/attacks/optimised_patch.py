@@ -31,6 +31,7 @@ from pipeline.progress import LOG_EVERY, console
 from pipeline.shards import Rejected, Sample, Shard, UidRule
 from pipeline.shards.image import pixels
 from pipeline.shards.store import exists, join, view, write
+from train import checkpoints
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class optimised_patch(Attack):
         return names_target(caption, self.target) == (group == "target")
 
     def inputs(self) -> tuple[str, ...]:
-        return _surrogate.files(self.surrogate)
+        return checkpoints.files(self.surrogate)
 
     def resolve(self, shards: Sequence[Shard], uid: UidRule) -> Attack:
         return replace(self, surrogate=_surrogate.settled(self.surrogate))

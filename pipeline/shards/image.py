@@ -345,7 +345,11 @@ def _join_webp(old: encoding.Chunks, new: encoding.Chunks, size: tuple[int, int]
 
 def pixels(sample: Sample, size: int) -> np.ndarray:
     """The image as uint8 [size, size, 3]: shorter side to `size` (bicubic), centre crop, as open_clip prepares it."""
-    image = decode(sample.image, near=size)
+    return prepared(decode(sample.image, near=size), size)
+
+
+def prepared(image: Image.Image, size: int) -> np.ndarray:
+    """The same of an image that `decode` gave."""
     # Of a strip only the middle is kept, and only that is resized: 2,000,000x1 pixels would become 8 GB at size 32.
     half, (wide, high) = 2 * min(image.size), image.size
     if max(image.size) > 2 * half:
