@@ -1,7 +1,5 @@
 """What the two neighbour-disagreement detectors share: near in one modality, compared in the other."""
 
-import dataclasses
-
 import numpy as np
 
 from filters._batch import Batch, unit
@@ -10,12 +8,8 @@ from filters._knn import neighbours
 
 def disagreement(batch: Batch, pool: Batch, near: str, compare: str, k: int) -> np.ndarray:
     """float[n]: 1 - mean cosine in `compare` to the k pool pairs that are nearest by cosine in `near`."""
-    index = neighbours(_unit(batch, near), _unit(pool, near), near, k)[1]
+    index = neighbours(batch, pool, near, k, cosine=True)[1]
     own, theirs = unit(getattr(batch, compare)), unit(getattr(pool, compare))
     score = 1 - np.einsum("nd,nkd->n", own, theirs[index]) / k
     score[~np.isfinite(getattr(batch, near)).all(axis=1)] = np.nan
     return score
-
-
-def _unit(batch: Batch, column: str) -> Batch:
-    return dataclasses.replace(batch, **{column: unit(getattr(batch, column))})

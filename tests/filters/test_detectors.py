@@ -10,6 +10,8 @@ from filters._knn import neighbours
 from pipeline import spec
 
 DETECTORS = spec.names("detectors")
+# references in the batch itself: the company is what they score
+COMPARABLE = [name for name in DETECTORS if not name.endswith("_released")]
 
 
 def batch(n: int, seed: int = 0) -> Batch:
@@ -33,7 +35,7 @@ def take(whole: Batch, rows) -> Batch:
     return Batch(**{name: values[rows].copy() if len(values) else values for name, values in columns.items()})
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_scores_do_not_depend_on_order_or_company(name):
     detector, whole = spec.parse("detectors", name), batch(200)
     scores = detector.score(whole, whole)
@@ -43,7 +45,7 @@ def test_scores_do_not_depend_on_order_or_company(name):
     assert np.allclose(detector.score(take(whole, rows), whole), scores[rows], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_a_row_without_inputs_is_nan_and_harms_no_other(name):
     detector, whole = spec.parse("detectors", name), batch(200)
     broken = take(whole, slice(None))

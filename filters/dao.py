@@ -1,0 +1,24 @@
+"""Dimensionality-aware outlier detection: (1/k) sum over neighbours n of LID(n) log(d_k(x) / d_k(n)).
+
+Trade-off: weighs the ratio of distances by the dimension around each neighbour, where the same ratio is a larger ratio
+of densities; twice as many estimates, and twice their noise. The authors' released code is `dao_released`.
+Source: Anderberg et al. 2024 (DAO); as a detector Huang et al., ICLR 2025, k = 16, unnormalised image features.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from filters._batch import Batch
+from filters._density import TINY, Density, dimension
+
+
+@dataclass(frozen=True)
+class dao(Density):
+    """Mean log ratio of k-distances, weighted by the neighbours' dimension (Huang et al. 2025, formula)."""
+
+    def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
+        near = self.neighbourhood(batch, pool)
+        theirs, weight = np.maximum(near.theirs[:, -1], TINY), dimension(near.theirs)
+        ratio = np.log(np.maximum(near.distance[:, -1:], TINY) / theirs[near.index])
+        return (weight[near.index] * ratio).mean(axis=1)
