@@ -18,18 +18,6 @@ FLOOR = 1e-4  # under the logarithm, as the authors have it
 
 
 @dataclass(frozen=True)
-class Neighbourhood:
-    """distance, index: float32[n, k], int64[n, k] of the pairs' images to their nearest references, nearest first.
-
-    theirs: float32[m, k], the distances of the references to their own.
-    """
-
-    distance: np.ndarray
-    index: np.ndarray
-    theirs: np.ndarray
-
-
-@dataclass(frozen=True)
 class Density:
     """The parameters of a density detector, and what it looks at.
 
@@ -53,14 +41,19 @@ class Density:
     def pools(self) -> tuple[str, ...]:
         return columns(self.of) if self.reference == "pool" else ()
 
-    def neighbourhood(self, batch: Batch, pool: Batch | None) -> Neighbourhood:
-        wanted = columns(self.of)
+    def near(self, batch: Batch, pool: Batch | None) -> tuple[np.ndarray, np.ndarray]:
+        """Distances [n, k] and rows [n, k] of the pairs' images to their nearest references, nearest first."""
         if self.reference == "pool" and pool is not None:
-            distance, index = neighbours(batch, pool, "image_embedding", self.k, among=wanted)
-            return Neighbourhood(distance, index, pool_distances(pool, wanted, self.k))
-        distance, index = batch_neighbours(batch, wanted, self.size, self.k)
-        rows = placed(len(batch), self.size, len(wanted)).row
-        return Neighbourhood(distance[rows], index[rows], distance)
+            return neighbours(batch, pool, "image_embedding", self.k, among=columns(self.of))
+        distance, index = batch_neighbours(batch, columns(self.of), self.size, self.k)
+        rows = placed(len(batch), self.size, len(columns(self.of))).row
+        return distance[rows], index[rows]
+
+    def theirs(self, batch: Batch, pool: Batch | None) -> np.ndarray:
+        """Distances [m, k] of the references to their own nearest."""
+        if self.reference == "pool" and pool is not None:
+            return pool_distances(pool, columns(self.of), self.k)
+        return batch_neighbours(batch, columns(self.of), self.size, self.k)[0]
 
 
 def columns(of: Of) -> tuple[str, ...]:
@@ -94,5 +87,5 @@ def dimension(distance: np.ndarray) -> np.ndarray:
     Of k identical rows it is 0.
     """
     k, farthest = distance.shape[1], distance[:, -1:]
-    total = np.log(distance / np.maximum(farthest, TINY) + FLOOR).sum(axis=1)
+    total = np.log(distance / np.maximum(farthest, TINY, dtype=np.float64) + FLOOR).sum(axis=1)
     return np.where(farthest[:, 0] == 0, 0, -k / np.minimum(total, -k * FLOOR))

@@ -138,7 +138,8 @@ def search(rows: np.ndarray, reference: np.ndarray, own: np.ndarray, k: int) -> 
     distance, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     if not len(rows):
         return distance, index
-    y, squares, usable = _finite(reference)
+    centre = _centre(reference)
+    y, squares, usable = _finite(reference, centre)
     needed = k + own.shape[1]
     if usable.sum() < needed:
         raise ValueError(f"k={k} neighbours need {needed} or more usable reference rows; there are {usable.sum()}")
@@ -146,7 +147,9 @@ def search(rows: np.ndarray, reference: np.ndarray, own: np.ndarray, k: int) -> 
     find = _on_gpu(y, half) if has_gpu() else _on_cpu(y, half)
     for start in range(0, len(rows), QUERIES):
         part = slice(start, start + QUERIES)
-        x, norms, good = (y, squares, usable) if len(rows) <= QUERIES and rows is reference else _finite(rows[part])
+        x, norms, good = (
+            (y, squares, usable) if len(rows) <= QUERIES and rows is reference else _finite(rows[part], centre)
+        )
         closeness, found = find(x, own[part], k)
         squared = norms[:, None] - 2 * closeness
         # the expansion loses the digits of what is small beside its terms
@@ -161,9 +164,18 @@ def search(rows: np.ndarray, reference: np.ndarray, own: np.ndarray, k: int) -> 
     return distance, index
 
 
-def _finite(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows with zeros for those that have NaN, their squared norms, and which were finite."""
-    rows = np.ascontiguousarray(rows, np.float32)
+def _centre(rows: np.ndarray) -> np.ndarray:
+    """Mean of the rows without NaN. Embeddings lie in a narrow cone; less their mean, small distances keep digits."""
+    total = rows.sum(axis=0)
+    if not np.isfinite(total).all():
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        total = rows.sum(axis=0)
+    return np.asarray(total / max(len(rows), 1), np.float32)
+
+
+def _finite(rows: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows less the centre, or zeros for those that have NaN; their squared norms; and which were finite."""
+    rows = np.subtract(rows, centre, dtype=np.float32)
     squares = np.einsum("nd,nd->n", rows, rows)
     good = np.isfinite(squares)
     if not good.all():

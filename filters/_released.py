@@ -56,7 +56,7 @@ class LookedUp:
 def dimension(distance: np.ndarray, farthest: np.ndarray) -> np.ndarray:
     """The authors' estimate: of these distances [n, k], relative to the one after them [n, 1]."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return -distance.shape[1] / np.log(distance / farthest + FLOOR).sum(axis=1)
+        return -distance.shape[1] / np.log(distance / farthest.astype(float) + FLOOR).sum(axis=1)
 
 
 def cleaned(scores: np.ndarray, batch: Batch) -> np.ndarray:

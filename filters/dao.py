@@ -18,7 +18,6 @@ class dao(Density):
     """Mean log ratio of k-distances, weighted by the neighbours' dimension (Huang et al. 2025, formula)."""
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        near = self.neighbourhood(batch, pool)
-        theirs, weight = np.maximum(near.theirs[:, -1], TINY), dimension(near.theirs)
-        ratio = np.log(np.maximum(near.distance[:, -1:], TINY) / theirs[near.index])
-        return (weight[near.index] * ratio).mean(axis=1)
+        (distance, index), theirs = self.near(batch, pool), self.theirs(batch, pool)
+        ratio = np.log(np.maximum(distance[:, -1:], TINY) / np.maximum(theirs[:, -1], TINY)[index])
+        return (dimension(theirs)[index] * ratio).mean(axis=1)

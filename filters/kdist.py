@@ -18,4 +18,4 @@ class kdist(Density):
     """Distance to the k-th nearest image in the pool (Huang et al. 2025)."""
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        return self.neighbourhood(batch, pool).distance[:, -1]
+        return self.near(batch, pool)[0][:, -1]

@@ -19,4 +19,4 @@ class lid(Density):
     k: int = 64
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        return dimension(self.neighbourhood(batch, pool).distance)
+        return dimension(self.near(batch, pool)[0])

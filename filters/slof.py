@@ -18,6 +18,6 @@ class slof(Density):
     """Mean ratio of the pair's k-distance to that of its k neighbours (Huang et al. 2025, formula)."""
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        near = self.neighbourhood(batch, pool)
-        theirs = np.maximum(near.theirs[:, -1], TINY)
-        return (near.distance[:, -1:] / theirs[near.index]).mean(axis=1)
+        distance, index = self.near(batch, pool)
+        theirs = np.maximum(self.theirs(batch, pool)[:, -1], TINY)
+        return (distance[:, -1:] / theirs[index]).mean(axis=1)

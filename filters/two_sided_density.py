@@ -18,8 +18,8 @@ class two_sided_density(Density):
     """Ours: how far the log k-distance is from the median of its references, in median absolute deviations."""
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        near = self.neighbourhood(batch, pool)
-        own, theirs = (np.log(np.maximum(d[:, -1], TINY)) for d in (near.distance, near.theirs))
+        found = self.near(batch, pool)[0], self.theirs(batch, pool)
+        own, theirs = (np.log(np.maximum(distance[:, -1], TINY)) for distance in found)
         theirs = theirs[np.isfinite(theirs)]
         middle = np.median(theirs)
         return np.abs(own - middle) / max(np.median(np.abs(theirs - middle)), TINY)

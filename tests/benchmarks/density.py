@@ -1,0 +1,191 @@
+"""How near are the density detectors to what the machine can do?
+
+    python -m tests.benchmarks.density [--json] [--rows 300000] [--folder DIR]
+
+The limit is the matrix product alone: 2 * 2048 * 512 operations a row, at the best rate of numpy's and of torch's
+product on this machine, a thread in a process on each core or all threads in one, measured before and after the job; its
+best counts. The job is what `mithridate score` does with embeddings that `mithridate embed` wrote (fp16 parquet, in the
+page cache): read, join, k-distance, LID, SLOF and DAO with in-batch references of 2048 and k = 16, write the scores; Ray
+has started. The pool is one of 100k rows, k-distance, against the product alone with as many rows.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from filters._batch import Batch
+from pipeline import spec
+from pipeline.embed import _write as write_embeddings
+from pipeline.embed import embeddings_path
+from pipeline.inputs import Inputs
+from pipeline.score import _write as write_scores
+from pipeline.shard_map import Job, each, shard_map
+from pipeline.shards import Counts, Shard
+from tests.benchmarks.rewrite import peak, say
+
+DIMENSIONS, SIZE, K = 512, 2048, 16
+SHARD = 10_000  # rows
+POOL, QUERIES = 100_000, 8192
+DETECTORS = tuple(f"{name}(k={K}, reference='batch', size={SIZE})" for name in ("kdist", "lid", "slof", "dao"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--rows", type=int, default=300_000)
+    parser.add_argument("--folder", help="where to work; default: a temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = measure(Path(folder), arguments.rows)
+    if arguments.json:
+        print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+
+
+def measure(folder: Path, rows: int) -> dict[str, float]:
+    shards = [make(folder, number, min(SHARD, rows - start)) for number, start in enumerate(range(0, rows, SHARD))]
+    cores = os.cpu_count() or 1
+    work = _Density(str(folder), DETECTORS)
+    shard_map(Job("density", {"": "warm up"}, str(folder / "warm")), shards[: 2 * cores], work)
+    rates = [in_batch_gemm(cores)]
+    clock = time.perf_counter()
+    markers = shard_map(Job("density", {}, str(folder / "out")), shards, work)
+    seconds = time.perf_counter() - clock
+    rates.append(in_batch_gemm(cores))
+    limit = max(rates) / (2 * SIZE * DIMENSIONS)
+    say(f"product alone: {limit:,.0f} rows/s, {max(rates) / 1e9:.0f} GFLOPS (before {rates[0] / 1e9:.0f})")
+    say(f"parquet in, four scores out: {rows / seconds:,.0f} rows/s; 3M rows in {3e6 * seconds / rows:.0f} s")
+    for name in ("read", *DETECTORS, "write"):
+        say(f"  {name:<40}{1e6 * sum(m['seconds'][name] for m in markers) / rows:7.1f} core-µs a row")
+    workers = {m["facts"]["pid"]: m["facts"]["peak_mb"] for m in markers}  # the last of each is its highest
+    return {
+        "rows_per_s": rows / seconds,
+        "limit_rows_per_s": limit,
+        "of_gemm_limit": rows / seconds / limit,
+        "peak_mb": sum(workers.values()) + peak(),
+        **against_pool(folder, cores),
+    }
+
+
+def in_batch_gemm(cores: int) -> float:
+    """Operations a second of products of a block with another, the best of several ways."""
+    return max(*(on_each_core(cores, _Gemm(SIZE, SIZE, 24, by)) for by in ("numpy", "torch")), on_all_threads())
+
+
+def on_each_core(cores: int, work: Callable[..., "_Done"], *shared: object) -> float:
+    """Operations a second, all cores together; the best of three rounds."""
+    best = 0.0
+    for _ in range(3):
+        clock = time.perf_counter()
+        done = [found for _, found in each("", [Shard(str(i)) for i in range(cores)], work, *shared)]
+        del clock
+        best = max(best, sum(d.operations for d in done) / max(d.seconds for d in done))
+    return best
+
+
+def on_all_threads() -> float:
+    done = [_Gemm(SIZE, SIZE, 24, by)(None) for by in ("numpy", "torch") for _ in range(3)]
+    return max(d.operations / d.seconds for d in done)
+
+
+def against_pool(folder: Path, cores: int) -> dict[str, float]:
+    pool = Batch(np.asarray([f"pool{i}" for i in range(POOL)], object), image_embedding=images(POOL, 10**6))
+    queries = Batch(np.asarray([f"{i}" for i in range(QUERIES)], object), image_embedding=images(QUERIES, 10**6 + 1))
+    product = max(
+        on_each_core(cores, _Gemm(SIZE, 4096, QUERIES * POOL // (SIZE * 4096), by)) for by in ("numpy", "torch")
+    )
+    search = on_each_core(cores, _against_pool, queries, pool)
+    say(f"pool of {POOL:,}: {search / 1e9:.0f} GFLOPS of {product / 1e9:.0f} for the product alone")
+    return {"pool_of_gemm": search / product, "pool_rows_per_s": search / (2 * POOL * DIMENSIONS)}
+
+
+@dataclass(frozen=True)
+class _Done:
+    read: int
+    operations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Gemm:
+    rows: int
+    columns: int
+    times: int
+    by: str
+
+    def __call__(self, shard: Shard | None) -> _Done:
+        import torch
+
+        x, y = images(self.rows, 1), images(self.columns, 2)
+        out = np.empty((self.rows, self.columns), np.float32)
+        there = [torch.from_numpy(a) for a in (x, y.T, out)]
+        clock = time.perf_counter()
+        for _ in range(self.times):
+            if self.by == "numpy":
+                np.matmul(x, y.T, out=out)
+            else:
+                torch.mm(there[0], there[1], out=there[2])
+        seconds = time.perf_counter() - clock
+        return _Done(0, 2.0 * self.times * self.rows * self.columns * DIMENSIONS, seconds)
+
+
+def _against_pool(shard: Shard, queries: Batch, pool: Batch) -> _Done:
+    clock = time.perf_counter()
+    spec.parse("detectors", f"kdist(k={K})").score(queries, pool)
+    return _Done(len(queries), 2.0 * len(queries) * len(pool) * DIMENSIONS, time.perf_counter() - clock)
+
+
+@dataclass(frozen=True)
+class _Density:
+    """What `pipeline.score` does with a shard, less reading the shard itself for its uids."""
+
+    embeddings: str
+    detectors: tuple[str, ...]
+
+    def __call__(self, shard: Shard, out: str) -> Counts:
+        clock = time.perf_counter()
+        entries = {text: spec.parse("detectors", text) for text in self.detectors}
+        who = pq.read_table(shard.path, columns=["uid"]).column("uid").to_pylist()
+        batch, _ = Inputs(self.embeddings, "", "", "key").batch(shard, who, {"image_embedding"})
+        counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256="-")
+        counts.seconds["read"] = time.perf_counter() - clock
+        columns = {}
+        for text, entry in entries.items():
+            clock = time.perf_counter()
+            columns[text] = np.asarray(entry.score(batch, None), np.float32)
+            counts.seconds[text] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        write_scores(f"{out}/{counts.output}", batch.uid, columns, {})
+        counts.seconds["write"] = time.perf_counter() - clock
+        counts.facts = {"pid": os.getpid(), "peak_mb": peak()}
+        return counts
+
+
+def make(folder: Path, number: int, rows: int) -> Shard:
+    """A sidecar as `embed` leaves it; the job is run over these files, since nothing of the shard's is read."""
+    path = embeddings_path(str(folder), f"{number:08d}")
+    values = [images(rows, 2 * number + i).astype(np.float16) for i in range(2)]
+    write_embeddings(path, [f"{number:016x}{i:016x}" for i in range(rows)], *values, "benchmark")
+    return Shard(path)
+
+
+def images(rows: int, seed: int) -> np.ndarray:
+    """Clusters of few intrinsic dimensions in a cone, as embeddings are."""
+    common, rng = np.random.default_rng(0), np.random.default_rng(seed + 1)
+    cone, centre = common.normal(size=DIMENSIONS), common.normal(size=(200, DIMENSIONS))
+    spread = common.normal(size=(24, DIMENSIONS)) / 24**0.5
+    latent = rng.normal(size=(rows, 24)).astype(np.float32) @ spread.astype(np.float32)
+    noise = 0.3 * rng.standard_normal((rows, DIMENSIONS), np.float32)
+    return (cone + centre[rng.integers(200, size=rows)] + latent + noise).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()
