@@ -144,7 +144,7 @@ def search(rows: np.ndarray, reference: np.ndarray, own: np.ndarray, k: int) -> 
     if usable.sum() < needed:
         raise ValueError(f"k={k} neighbours need {needed} or more usable reference rows; there are {usable.sum()}")
     half = np.where(usable, squares / 2, np.inf).astype(np.float32)
-    find = _on_gpu(y, half) if has_gpu() else _on_cpu(y, half)
+    find = by_torch(y, half, "cuda") if has_gpu() else by_numpy(y, half)
     for start in range(0, len(rows), QUERIES):
         part = slice(start, start + QUERIES)
         x, norms, good = (
@@ -183,7 +183,7 @@ def _finite(rows: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return rows, squares, good
 
 
-def _on_cpu(y: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray, np.ndarray, int], Found]:
+def by_numpy(y: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray, np.ndarray, int], Found]:
     """A search for the k reference rows of greatest closeness x.y - |y|^2 / 2, which are the nearest, in no order."""
     buffer = np.empty(QUERIES * min(CHUNK, len(y)), np.float32)  # new memory for every product would cost a tenth of it
 
@@ -244,14 +244,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _on_gpu(y: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray, np.ndarray, int], Found]:
-    """The same search by torch."""
+def by_torch(y: np.ndarray, half: np.ndarray, device: str) -> Callable[[np.ndarray, np.ndarray, int], Found]:
+    """The same search on a GPU."""
     import torch
 
-    there, halves = torch.from_numpy(y).cuda(), torch.from_numpy(half).cuda()
+    there, halves = torch.from_numpy(y).to(device), torch.from_numpy(half).to(device)
 
     def find(x: np.ndarray, own: np.ndarray, k: int) -> Found:
-        rows, excluded = torch.from_numpy(x).cuda(), torch.from_numpy(own).cuda()
+        rows, excluded = torch.from_numpy(x).to(device), torch.from_numpy(own).to(device)
         values, columns = [], []
         for start in range(0, len(there), GPU_CHUNK):
             chunk = there[start : start + GPU_CHUNK]
