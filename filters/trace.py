@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
+from filters._traces import mean_until
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,4 @@ class trace:
     until: int = 0
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        seen = batch.similarity_trace[:, : self.until or None]
-        with np.errstate(invalid="ignore"):  # a pair that training skipped is 0 / 0: NaN
-            return -np.nansum(seen, axis=1) / np.isfinite(seen).sum(axis=1)
+        return -mean_until(batch.similarity_trace, self.until)

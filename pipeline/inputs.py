@@ -51,11 +51,12 @@ class Inputs:
         traces = _trace_files(self.traces) if set(TRACES) & set(needs) else []
         return [path for path in read if path in there] + traces
 
-    def batch(self, shard: Shard, who: Sequence[str], wanted: Collection[str]) -> tuple[Batch, str]:
-        """Columns of these pairs of a shard, in this order, and the digest of the model that embedded them."""
+    def batch(self, shard: Shard, who: Sequence[str], wanted: Collection[str]) -> tuple[Batch, dict[str, str]]:
+        """Columns of these pairs of a shard, in this order, and the digest of the model of each of the embeddings."""
         joined: dict[str, np.ndarray] = {}
-        model = ""
-        for folder, (image, text) in ((self.embeddings, EMBEDDED), (self.earlier, EARLIER)):
+        models: dict[str, str] = {}
+        folders = (("embeddings", self.embeddings, EMBEDDED), ("earlier", self.earlier, EARLIER))
+        for option, folder, (image, text) in folders:
             if {image, text} & set(wanted):
                 found = read_embeddings(embeddings_path(folder, shard.name))
                 rows = _join(who, found.uid)
@@ -65,7 +66,7 @@ class Inputs:
                     )
                 columns = {image: found.image, text: found.text}
                 joined |= {name: _take(values, rows) for name, values in columns.items() if name in wanted}
-                model = model or found.model
+                models[option] = found.model
         if set(TRACES) & set(wanted):
             trace = _read_traces(self.traces, shard.name)
             rows = _join(who, trace["uid"])
@@ -75,7 +76,7 @@ class Inputs:
             told = read_columns(shard, self.uid, content, set(who))
             rows = _join(who, told.pop("uid"))
             joined |= {name: values[rows] for name, values in told.items()}
-        return Batch(np.asarray(who, dtype=object), **joined), model
+        return Batch(np.asarray(who, dtype=object), **joined), models
 
 
 def _trace_files(folder: str) -> list[str]:

@@ -24,7 +24,7 @@ from pipeline.shards.sample import check_unique
 @dataclass(frozen=True)
 class Pool:
     rows: Batch
-    model: str
+    models: dict[str, str]
     digest: str
 
 
@@ -48,15 +48,12 @@ def draw_pool(
         by_shard.setdefault(where, []).append(who)
     rank = {who: i for i, (_, who, _) in enumerate(drawn)}
     parts: list[Batch] = []
-    models: set[str] = set()
+    models: dict[str, str] = {}
     for shard, found in each("pool", [s for s in shards if s.name in by_shard], _Columns(inputs), by_shard, wanted):
         if isinstance(found, InputError):
             raise found
-        models.add(found.model)
-        if len(models) > 1:
-            raise InputError(
-                f"{inputs.embeddings}: shard {shard.name} was embedded by another model; embed all with one"
-            )
+        check_one_model(models, found.models, shard.name)
+        models = found.models
         parts.append(found.rows)
     rows = _joined(parts)
     rows = rows.take(np.argsort([rank[who] for who in rows.uid]))
@@ -67,7 +64,14 @@ def draw_pool(
     for name in sorted(wanted):
         values = getattr(rows, name)
         sha256.update(repr(values.tolist()).encode() if values.dtype == object else values.tobytes())
-    return Pool(rows, models.pop(), sha256.hexdigest())
+    return Pool(rows, models, sha256.hexdigest())
+
+
+def check_one_model(models: dict[str, str], theirs: dict[str, str], shard: str) -> None:
+    """Raises InputError where the embeddings of this shard are by another model than those before."""
+    for option, model in theirs.items():
+        if models.get(option, model) != model:
+            raise InputError(f"--{option}: shard {shard} was embedded by another model; embed all with one")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class _Offer:
 @dataclass(frozen=True)
 class _Held:
     read: int
-    model: str
+    models: dict[str, str]
     rows: Batch
 
 
@@ -104,17 +108,17 @@ class _Columns:
     inputs: Inputs
 
     def __call__(self, shard: Shard, by_shard: dict[str, list[str]], wanted: Collection[str]) -> _Held:
-        found, model = self.inputs.batch(shard, by_shard[shard.name], wanted)
+        found, models = self.inputs.batch(shard, by_shard[shard.name], wanted)
         usable = np.ones(len(found), bool)
         for name in wanted:
             values = getattr(found, name)
             if values.dtype == object:
                 usable &= np.asarray([value is not None for value in values], bool)
             elif name in (*EMBEDDED, *EARLIER):
-                usable &= np.isfinite(values).all(axis=1)
+                usable &= np.isfinite(values).all(axis=1) & values.any(axis=1)  # zeros have no direction
         if len(found.decoded):
             usable &= found.decoded
-        return _Held(len(found), model, found.take(np.flatnonzero(usable)))
+        return _Held(len(found), models, found.take(np.flatnonzero(usable)))
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:

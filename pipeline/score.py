@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
 from pipeline.ledger import beside, poisoned_uids
 from pipeline.progress import console
-from pipeline.reference import draw_pool
+from pipeline.reference import check_one_model, draw_pool
 from pipeline.shard_map import Job, check_made_from, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest, uids
 from pipeline.shards.sample import check_unique
@@ -75,20 +75,28 @@ def score(
                 f"{spec.text(entry)}: k must be between 1 and the pool's {len(reference.rows)} rows less one"
             )
     names = [spec.text(entry) for entry in entries]
+    models = reference.models if reference else {}
+    counting = any(hasattr(entry, "summarize") for entry in entries)
     facts = {
         "detectors": names,
-        "model": reference.model if reference else "",
+        "model": models.get("embeddings", ""),
+        "earlier_model": models.get("earlier", ""),
         "pool": len(reference.rows) if reference else 0,
         "pool_digest": reference.digest if reference else "",
         "seed": seed,
         "uid": uid,
         "inputs": spec.digest([stamp(path) for path in inputs.files(listed, needs)]),
         "ledger": spec.digest(sorted(known)) if known is not None else "",
+        # a summary is of all shards: where one changes, the scores of the others do
+        "shards": spec.digest([stamp(shard.path) for shard in listed]) if counting else "",
     }
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
-    work = _Score(tuple(entries), inputs, facts)
+    work = _Score(tuple(entries), inputs, models, facts)
     job = Job("score", facts, out, max_failed_shards)
     markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries)
+    for marker in markers:  # without a pool no shard knew of another
+        check_one_model(models, marker["facts"]["models"], marker["output"])
+        models = models | marker["facts"]["models"]
     total = sum(m["read"] for m in markers)
     for name in names:
         spent = sum(m["seconds"].get(name, 0.0) for m in markers)
@@ -150,6 +158,7 @@ class _Score:
 
     entries: tuple[Any, ...]
     inputs: Inputs
+    models: dict[str, str]
     facts: dict[str, Any]
 
     def __call__(
@@ -162,7 +171,8 @@ class _Score:
         for folder, embedded in ((self.inputs.embeddings, EMBEDDED), (self.inputs.earlier, EARLIER)):
             if set(embedded) & needs:
                 check_made_from(folder, shard, sha256, "run `mithridate embed` on them")
-        batch, _ = self.inputs.batch(shard, content.uids, needs)
+        batch, models = self.inputs.batch(shard, content.uids, needs)
+        check_one_model(self.models, models, shard.name)
         if known is not None:
             batch = dataclasses.replace(batch, poisoned=np.asarray([u in known for u in content.uids], bool))
         counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
@@ -174,7 +184,7 @@ class _Score:
             columns[name] = np.asarray(entry.score(batch, pool, *summary), np.float32)
             counts.seconds[name] = time.perf_counter() - clock
             unscored[name] = int(np.isnan(columns[name]).sum())
-        counts.facts = {"unscored": unscored}
+        counts.facts = {"unscored": unscored, "models": models}
         _write(join(out, counts.output), batch.uid, columns, self.facts)
         return counts
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from filters._batch import Batch, unit
+from filters._batch import SIDE, Batch, unit
 from filters._knn import neighbours
 from pipeline import spec
 
@@ -27,7 +27,23 @@ def batch(n: int, seed: int = 0) -> Batch:
         similarity_trace=rng.normal(0.5, 0.1, (n, 6)).astype(np.float32),
         loss_trace=rng.normal(2, 0.1, (n, 6)).astype(np.float32),
         poisoned=rng.random(n) < 0.1,
+        earlier_image_embedding=(rows[:, 0] + rng.normal(size=(n, 24))).astype(np.float32),
+        earlier_text_embedding=(rows[:, 1] + rng.normal(size=(n, 24))).astype(np.float32),
+        caption=np.asarray([f"a photo of thing {w} on a {i % 7} table" for i, w in enumerate(which)], dtype=object),
+        image_sha256=np.asarray([f"{seed:032x}{i % 150:032x}" for i in range(n)], dtype=object),
+        pixels=rng.integers(0, 256, (n, SIDE, SIDE, 3), np.uint8),
+        image_hash=rng.integers(0, 2**64, n, np.uint64, endpoint=False),
+        decoded=np.ones(n, bool),
     )
+
+
+ABSENT = {"caption": None, "image_sha256": None, "decoded": False}  # and NaN in every other column
+
+
+def scores_of(detector, part: Batch, whole: Batch) -> np.ndarray:
+    """As `mithridate score` does it, with the whole as pool and for the summary."""
+    summary = (detector.summarize(whole),) if hasattr(detector, "summarize") else ()
+    return detector.score(part, whole, *summary)
 
 
 def take(whole: Batch, rows) -> Batch:
@@ -38,20 +54,20 @@ def take(whole: Batch, rows) -> Batch:
 @pytest.mark.parametrize("name", COMPARABLE)
 def test_scores_do_not_depend_on_order_or_company(name):
     detector, whole = spec.parse("detectors", name), batch(200)
-    scores = detector.score(whole, whole)
+    scores = scores_of(detector, whole, whole)
     assert scores.shape == (200,)
     assert np.isfinite(scores).all()
     rows = np.random.default_rng(1).permutation(200)[:77]
-    assert np.allclose(detector.score(take(whole, rows), whole), scores[rows], rtol=1e-4, atol=1e-5)
+    assert np.allclose(scores_of(detector, take(whole, rows), whole), scores[rows], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", COMPARABLE)
 def test_a_row_without_inputs_is_nan_and_harms_no_other(name):
     detector, whole = spec.parse("detectors", name), batch(200)
     broken = take(whole, slice(None))
-    for column in ("image_embedding", "text_embedding", "similarity_trace", "loss_trace"):
-        getattr(broken, column)[3] = np.nan
-    scores, expected = detector.score(broken, whole), detector.score(whole, whole)
+    for column in set(detector.needs) - {"poisoned", "pixels", "image_hash"}:
+        getattr(broken, column)[3] = ABSENT.get(column, np.nan)
+    scores, expected = scores_of(detector, broken, whole), scores_of(detector, whole, whole)
     assert np.isnan(scores[3]) == bool(set(detector.needs) - {"poisoned"})
     assert np.allclose(np.delete(scores, 3), np.delete(expected, 3), rtol=1e-4, atol=1e-5)
 
