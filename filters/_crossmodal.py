@@ -1,6 +1,4 @@
-"""What detectors of neighbours by cosine share; disagreement is near in one modality, compared in the other."""
-
-import dataclasses
+"""What the two neighbour-disagreement detectors share: near in one modality, compared in the other."""
 
 import numpy as np
 
@@ -10,13 +8,8 @@ from filters._knn import neighbours
 
 def disagreement(batch: Batch, pool: Batch, near: str, compare: str, k: int) -> np.ndarray:
     """float[n]: 1 - mean cosine in `compare` to the k pool pairs that are nearest by cosine in `near`."""
-    index = neighbours(unit_column(batch, near), unit_column(pool, near), near, k)[1]
+    index = neighbours(batch, pool, near, k, cosine=True)[1]
     own, theirs = unit(getattr(batch, compare)), unit(getattr(pool, compare))
     score = 1 - np.einsum("nd,nkd->n", own, theirs[index]) / k
     score[~np.isfinite(getattr(batch, near)).all(axis=1)] = np.nan
     return score
-
-
-def unit_column(batch: Batch, column: str) -> Batch:
-    """The batch with the rows of a column at length one: nearest by distance is then nearest by cosine."""
-    return dataclasses.replace(batch, **{column: unit(getattr(batch, column))})

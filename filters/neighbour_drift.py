@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
-from filters._crossmodal import unit_column
 from filters._knn import neighbours
 
 
@@ -25,8 +24,7 @@ class neighbour_drift:
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
         now, before = (
-            np.sort(neighbours(unit_column(batch, column), unit_column(pool, column), column, self.k)[1], axis=1)
-            for column in self.needs
+            np.sort(neighbours(batch, pool, column, self.k, cosine=True)[1], axis=1) for column in self.needs
         )
         both = np.sort(np.concatenate([now, before], axis=1), axis=1)
         kept = (both[:, 1:] == both[:, :-1]).sum(axis=1)  # within one list no row comes twice

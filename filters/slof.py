@@ -1,7 +1,7 @@
 """Simplified local outlier factor, by its formula: (1/k) sum over neighbours n of d_k(x) / d_k(n).
 
 Trade-off: relative to the neighbourhood where k-distance is absolute, so sparse regions of clean data are forgiven. The
-authors' released code looks about half of the neighbours up in the wrong row; its scores differ and are not these.
+authors' released code looks about half of the neighbours up in the wrong row: that is `slof_released`.
 Source: Schubert et al. 2014; as a detector Huang et al., ICLR 2025, k = 16, unnormalised image features.
 """
 
@@ -10,20 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
-from filters._knn import neighbours, pool_distances
-
-TINY = 1e-12  # k identical images have d_k = 0
+from filters._density import TINY, Density
 
 
 @dataclass(frozen=True)
-class slof:
+class slof(Density):
     """Mean ratio of the pair's k-distance to that of its k neighbours (Huang et al. 2025, formula)."""
 
-    needs = ("image_embedding",)
-    pools = needs
-    k: int = 16
-
-    def score(self, batch: Batch, pool: Batch) -> np.ndarray:
-        distance, index = neighbours(batch, pool, "image_embedding", self.k)
-        theirs = np.maximum(pool_distances(pool, "image_embedding", self.k), TINY)
+    def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
+        distance, index = self.near(batch, pool)
+        theirs = np.maximum(self.theirs(batch, pool)[:, -1], TINY)
         return (distance[:, -1:] / theirs[index]).mean(axis=1)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
-from filters._crossmodal import unit_column
 from filters._knn import neighbours
 
 COARSE = 16  # pixels a side that are compared
@@ -28,7 +27,7 @@ class strangers:
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
         column = "image_embedding"
-        index = neighbours(unit_column(batch, column), unit_column(pool, column), column, self.k)[1]
+        index = neighbours(batch, pool, column, self.k, cosine=True)[1]
         own, theirs = _coarse(batch.pixels), _coarse(pool.pixels)
         near = np.zeros(len(batch))
         for rank in range(self.k):  # n x k x pixels would be k times the batch

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch, unit
-from filters._crossmodal import unit_column
 from filters._knn import neighbours
 
 
@@ -25,7 +24,7 @@ class tight_cluster:
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
         column = "image_embedding"
-        index = neighbours(unit_column(batch, column), unit_column(pool, column), column, self.k)[1]
+        index = neighbours(batch, pool, column, self.k, cosine=True)[1]
         widest = np.full(len(batch), -np.inf)
         for name in self.needs:
             own, theirs = unit(getattr(batch, name)), unit(getattr(pool, name))

@@ -207,7 +207,8 @@ def _write(path: str, uids: list[str], image: np.ndarray, text: np.ndarray, mode
 
     columns = {"uid": pa.array(uids, pa.string()), "image": _fixed(image), "text": _fixed(text)}
     table = pa.table(columns).replace_schema_metadata({"mithridate": json.dumps({"model": model})})
-    sidecars.save(path, table, compression="none")
+    # a dictionary of half-precision numbers saves 6% and makes reading six times as long
+    sidecars.save(path, table, compression="none", use_dictionary=False)
 
 
 def _fixed(rows: np.ndarray) -> Any:

@@ -64,7 +64,8 @@ class Inputs:
                     raise InputError(
                         f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
                     )
-                joined |= {image: _take(found.image, rows), text: _take(found.text, rows)}
+                columns = {image: found.image, text: found.text}
+                joined |= {name: _take(values, rows) for name, values in columns.items() if name in wanted}
                 models[option] = found.model
         if set(TRACES) & set(wanted):
             trace = _read_traces(self.traces, shard.name)

@@ -70,7 +70,7 @@ def score(
     columns = {column for entry in comparing for column in entry.pools}
     reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if comparing else None
     for entry in comparing:
-        if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
+        if reference and entry.pools and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(
                 f"{spec.text(entry)}: k must be between 1 and the pool's {len(reference.rows)} rows less one"
             )

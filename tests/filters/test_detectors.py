@@ -16,6 +16,8 @@ ELSEWHERE = ("cognitive_distillation", "visual_judge")
 DETECTORS = [SPECS.get(name, name) for name in spec.names("detectors") if name not in ELSEWHERE]
 # A pair that nobody published anything of gives these no evidence, which is no reason to suspect it most
 NEUTRAL = ("domain_cluster", "laion_threshold")
+# references in the batch itself: the company is what they score
+COMPARABLE = [name for name in DETECTORS if not name.endswith("_released")]
 
 
 def batch(n: int, seed: int = 0) -> Batch:
@@ -66,7 +68,7 @@ def take(whole: Batch, rows) -> Batch:
     return Batch(**{name: values[rows].copy() if len(values) else values for name, values in columns.items()})
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_scores_do_not_depend_on_order_or_company(name):
     detector, whole = spec.parse("detectors", name), batch(200)
     scores = scored(detector, whole, whole)
@@ -76,7 +78,7 @@ def test_scores_do_not_depend_on_order_or_company(name):
     assert np.allclose(scored(detector, take(whole, rows), whole), scores[rows], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_a_row_without_inputs_is_nan_and_harms_no_other(name):
     detector, whole = spec.parse("detectors", name), batch(200)
     broken = take(whole, slice(None))
@@ -128,7 +130,7 @@ def test_neighbours_are_exact_and_never_the_row_itself():
     assert np.allclose(distance, np.sort(plain, axis=1)[:, :7], rtol=1e-5, atol=1e-7)
     assert np.allclose(np.take_along_axis(plain, index, 1), distance, rtol=1e-5, atol=1e-7)
     assert set(index[9, :6]) == set(range(19, 25))
-    with pytest.raises(ValueError, match="more than 300 rows"):
+    with pytest.raises(ValueError, match="there are 300"):
         neighbours(queries, pool, "image_embedding", 300)
 
 
