@@ -99,7 +99,7 @@ class Run:
             folder = self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}"
             scored = self._scores(arm.epoch)
             self._stage(
-                f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=arm.policy
+                f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=(scored,), policy=arm.policy
             )
             rows.append(self._arm(_arm_name(arm.policy), arm, str(folder / "kept")))
         return rows
@@ -153,17 +153,15 @@ class Run:
         return row | measured
 
     def _cost(self, arm: Filter | None, pairs: int) -> dict[str, float | None]:
-        """Worker seconds of embedding, of this one detector, and of rewriting; not of training the scoring model."""
+        """Worker seconds of embedding, of its detectors, and of rewriting; not of training the scoring model."""
         if arm is None:
             return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
-        detector = _arm_name(arm.policy)
         scores = _marker_seconds(self._scores(arm.epoch), self.plan.shards)
-        name = column(scores.keys() - {"read", "compute", "write", "total", "cpu"}, detector)
-        needs = spec.parse("detectors", name).needs
-        seconds = scores[name]
-        cpu = scores[name]
+        names = {column(scores.keys() - {"read", "compute", "write", "total", "cpu"}, d) for d in _read_by(arm.policy)}
+        needs = {need for name in names for need in spec.parse("detectors", name).needs}
+        seconds = cpu = sum(scores[name] for name in names)
         stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}")]
-        stages += [self._embeddings(arm.epoch)] if {"image_embedding", "text_embedding"} & set(needs) else []
+        stages += [self._embeddings(arm.epoch)] if {"image_embedding", "text_embedding"} & needs else []
         for stage in stages:
             spent = _marker_seconds(stage, self.plan.shards)
             seconds, cpu = seconds + spent["total"], cpu + spent["cpu"]
@@ -193,8 +191,14 @@ def _folder(plan: Config, attack: str, dose: str, seed: int, out: str) -> Path:
 
 
 def _arm_name(policy: str) -> str:
-    """The detector that a policy acts on."""
-    return str(spec.parse_call(policy)[1].get("detector", policy))
+    """The detector that a policy acts on; of several, the policy itself."""
+    names = _read_by(policy)
+    return names[0] if len(names) == 1 else policy
+
+
+def _read_by(policy: str) -> tuple[str, ...]:
+    detectors: tuple[str, ...] = spec.parse("policies", policy).detectors
+    return detectors
 
 
 def _check(plan: Config) -> None:
@@ -221,8 +225,8 @@ def _check(plan: Config) -> None:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
         scored[scores.epoch] = [spec.text(spec.parse("detectors", d)) for d in scores.detectors]
     for arm in plan.filters:
-        spec.parse("policies", arm.policy)
-        column(scored.get(arm.epoch, []), _arm_name(arm.policy))
+        for detector in _read_by(arm.policy):
+            column(scored.get(arm.epoch, []), detector)
 
 
 def _marker_seconds(folder: str, shards: str) -> dict[str, float]:
