@@ -1,18 +1,20 @@
 """Which detectors, scored when, with which weights: chosen on canaries, judged on a family that the choice never saw.
 
-A rule is chosen for the worst recall over the families that it is shown: the best single detector first, then greedily
-one more, or more of one, as long as that is worth it (ensemble selection with replacement; Caruana et al., ICML 2004).
+A rule is chosen for the worst recall over the families that it is shown: the best single detector, or an ensemble that
+grows greedily by one more, or more of one, where that is worth it (selection with replacement; Caruana et al., ICML
+2004).
 Its recall on those families is too good, for it was chosen by it. So for every family the choice is made once more
 without it, and the recall of that rule on that family is what may be expected of an attack nobody thought of.
 
-Trade-off: with a score of canaries a family recall is coarse, and the best of hundreds of rules is partly luck: every
+Trade-off: with twenty canaries a recall is coarse, and the best of hundreds of rules is partly luck: every
 number comes with its n and an interval, and only the held-out ones are to be believed. Families that are variants of
 each other make the held-out recall too good as well.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,8 @@ class Canaries:
     """Scores of all canaries and of some of the other pairs, of which each stands for `weight`.
 
     scores: float[n, columns], higher = more suspicious, NaN (unscored) most of all; family: str[n], "" of no canary.
+    Each family is ranked among the other pairs without the rest of the canaries, as if it were the only poison: all
+    families together may be more than the share that is removed.
     """
 
     columns: tuple[str, ...]
@@ -64,10 +68,39 @@ class Canaries:
     def families(self) -> tuple[str, ...]:
         return tuple(sorted(set(self.family) - {""}))
 
+    def recalls(self, rule: Rule, family: str, shares: Sequence[float]) -> tuple[Rate, ...]:
+        """Of the canaries of a family, how many are among each share of pairs that the rule finds most suspicious."""
+        if (rule, family, *shares) not in self._known:
+            alone = self._alone[family]
+            position, n = alone.positions(rule), int((alone.family != "").sum())
+            found = [int((position <= share * alone.pairs + 1e-6).sum()) for share in shares]
+            self._known[rule, family, *shares] = tuple(Rate(k / n, n, *wilson(k, n)) for k in found)
+        return self._known[rule, family, *shares]
+
+    def positions(self, rule: Rule) -> np.ndarray:
+        """float[canaries]: how many pairs the rule removes up to each canary, itself included; ties go by uid."""
+        at, mine = [self.columns.index(name) for name in rule.detectors], self.family != ""
+        suspicion = combined(self.p[:, at], rule.weights, rule.combine)
+        ranked = ordered(suspicion) << np.uint64(32) | self._ties
+        others, canaries = np.sort(ranked[~mine]), np.sort(ranked[mine])
+        before = len(others) - np.searchsorted(others, ranked[mine], side="right")
+        return self.weight * before + len(canaries) - np.searchsorted(canaries, ranked[mine], side="left")
+
     @cached_property
     def pairs(self) -> float:
         """Of the whole dataset."""
         return float(self._counts.sum())
+
+    @cached_property
+    def p(self) -> np.ndarray:
+        """float32[n, columns]: the share of all pairs that score at least as high."""
+        out = np.empty(self.scores.shape, np.float32)
+        for column in range(len(self.columns)):
+            values = np.where(np.isnan(self.scores[:, column]), np.inf, self.scores[:, column])
+            _, cell = np.unique(values, return_inverse=True)
+            above = np.cumsum(np.bincount(cell, self._counts)[::-1])[::-1]
+            out[:, column] = above[cell] / self.pairs
+        return out
 
     @cached_property
     def _counts(self) -> np.ndarray:
@@ -78,62 +111,33 @@ class Canaries:
         return keys(np.zeros(len(self.uid)), self.uid) & np.uint64(0xFFFFFFFF)
 
     @cached_property
-    def p(self) -> np.ndarray:
-        """float[n, columns]: the share of all pairs that score at least as high."""
-        out = np.empty(self.scores.shape)
-        for column in range(len(self.columns)):
-            values = np.where(np.isnan(self.scores[:, column]), np.inf, self.scores[:, column])
-            _, cell = np.unique(values, return_inverse=True)
-            above = np.cumsum(np.bincount(cell, self._counts)[::-1])[::-1]
-            out[:, column] = above[cell] / self.pairs
-        return out
+    def _alone(self) -> dict[str, "Canaries"]:
+        return {name: self._with(name) for name in self.families}
 
-    def position(self, rule: Rule) -> np.ndarray:
-        """float[canaries]: how many pairs the rule removes up to each canary, itself included; ties go by uid."""
-        at = [self.columns.index(name) for name in rule.detectors]
-        ranked = ordered(combined(self.p[:, at], rule.weights, rule.combine)) << np.uint64(32) | self._ties
-        mine = self.family != ""
-        others, canaries = np.sort(ranked[~mine]), np.sort(ranked[mine])
-        before = len(others) - np.searchsorted(others, ranked[mine], side="right")
-        return self.weight * before + len(canaries) - np.searchsorted(canaries, ranked[mine], side="left")
+    @cached_property
+    def _known(self) -> dict[tuple[Any, ...], tuple[Rate, ...]]:
+        return {}  # the choices without one family and without another ask for much the same
 
-    def recall(self, rule: Rule, family: str, share: float) -> Rate:
-        """Of the canaries of a family, how many are among the share that the rule finds most suspicious."""
-        return self._recall(self.position(rule), family, share)
-
-    def recalls(self, rule: Rule, families: Collection[str], shares: Sequence[float]) -> list[list[Rate]]:
-        """The same by family and share, with one ranking."""
-        position = self.position(rule)
-        return [[self._recall(position, family, share) for share in shares] for family in families]
-
-    def _recall(self, position: np.ndarray, family: str, share: float) -> Rate:
-        mine = position[self.family[self.family != ""] == family]
-        if not len(mine):
-            return Rate(None, 0, None, None)
-        found = int((mine <= share * self.pairs + 1e-6).sum())
-        return Rate(found / len(mine), len(mine), *wilson(found, len(mine)))
+    def _with(self, family: str) -> "Canaries":
+        rows = (self.family == "") | (self.family == family)
+        return replace(self, scores=self.scores[rows], family=self.family[rows], uid=self.uid[rows])
 
 
 def choose(table: Canaries, families: Sequence[str], drop: float, most: int) -> Rule:
     """The rule with the best worst-case recall over these families at this share removed, of at most `most` picks."""
-    singles = [Rule((name,)) for name in table.columns]
-    start = max(singles, key=lambda rule: _goodness(table, rule, families, drop))  # of equals the first
-    best, best_value = start, _goodness(table, start, families, drop)
+    found = {name: _Goodness.of(table, Rule((name,)), families, drop) for name in table.columns}
+    best = max(found.values(), key=lambda good: good.as_a_choice)  # of equals the first
     for combine in ("min", "mean"):
-        rule, value = start, _goodness(table, start, families, drop)
+        good = max(found.values(), key=lambda good: good.as_a_step)
         for _ in range(most - 1):
-            grown = [rule.also(name, combine) for name in table.columns]
-            grown = [one for one in grown if len(one.detectors) > 1]
-            if not grown:
+            grown = [good.rule.also(name, combine) for name in table.columns]
+            steps = [_Goodness.of(table, rule, families, drop) for rule in grown if len(rule.detectors) > 1]
+            if not steps:
                 break
-            step = max(grown, key=lambda one: _goodness(table, one, families, drop))
-            step_value = _goodness(table, step, families, drop)
-            if not _worth(step_value, value):
-                break
-            rule, value = step, step_value
-        if _worth(value, best_value):
-            best, best_value = rule, value
-    return best
+            good = max(steps, key=lambda good: good.as_a_step)
+            if good.is_worth_more_than(best):
+                best = good
+    return best.rule
 
 
 def held_out(table: Canaries, drop: float, most: int) -> dict[str, Rule]:
@@ -143,14 +147,38 @@ def held_out(table: Canaries, drop: float, most: int) -> dict[str, Rule]:
     return {f: choose(table, [other for other in table.families if other != f], drop, most) for f in table.families}
 
 
-def _goodness(table: Canaries, rule: Rule, families: Sequence[str], drop: float) -> tuple[float, float, float]:
-    """Worst-case recall, mean recall, and mean recall at smaller shares: of rules that find all, the one with room."""
-    shares = (drop, *(share for share in BUDGETS if share < drop))
-    found = np.asarray([[rate.value for rate in rates] for rates in table.recalls(rule, families, shares)], float)
-    return float(found[:, 0].min()), float(found[:, 0].mean()), float(found[:, 1:].mean()) if len(shares) > 1 else 0.0
+@dataclass(frozen=True)
+class _Goodness:
+    """`worst` and `mean` recall over families; `room`: that at smaller shares, which tells rules apart that find all.
 
+    `even` is the mean of the logarithm, by which a rule grows: the worst recall alone is noise as long as one family is
+    found by nobody, and would not tell whoever finds another one.
+    """
 
-def _worth(new: tuple[float, ...], old: tuple[float, ...]) -> bool:
-    """Whether worst-case recall, or without loss of it the mean, is better by WORTH."""
-    worst, mean = new[0] - old[0], new[1] - old[1]
-    return worst >= WORTH or (worst >= 0 and mean >= WORTH)
+    rule: Rule
+    worst: float
+    mean: float
+    room: float
+    even: float
+
+    @classmethod
+    def of(cls, table: Canaries, rule: Rule, families: Sequence[str], drop: float) -> "_Goodness":
+        shares = (drop, *(share for share in BUDGETS if share < drop))
+        rates = [table.recalls(rule, name, shares) for name in families]
+        found = np.asarray([[rate.value for rate in one] for one in rates], float)
+        n = np.asarray([one[0].n for one in rates])
+        even = float(np.log((found[:, 0] * n + 1) / (n + 2)).mean())
+        return cls(rule, float(found[:, 0].min()), float(found[:, 0].mean()), float(found[:, 1:].sum()), even)
+
+    @property
+    def as_a_choice(self) -> tuple[float, float, float]:
+        return self.worst, self.mean, self.room
+
+    @property
+    def as_a_step(self) -> tuple[float, float]:
+        return self.even, self.room
+
+    def is_worth_more_than(self, other: "_Goodness") -> bool:
+        """Whether worst-case recall, or without loss of it the mean, is better by WORTH."""
+        worst, mean = self.worst - other.worst, self.mean - other.mean
+        return worst >= WORTH or (worst >= 0 and mean >= WORTH)
