@@ -97,9 +97,9 @@ class Run:
             )
         for arm in self.plan.filters:
             folder = self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}"
-            scored = self._scores(arm.epoch)
+            scored = tuple(map(self._scores, arm.epochs))
             self._stage(
-                f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=(scored,), policy=arm.policy
+                f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=arm.policy
             )
             rows.append(self._arm(_arm_name(arm.policy), arm, str(folder / "kept")))
         return rows
@@ -145,7 +145,7 @@ class Run:
         measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())["metrics"]
         total = json.loads((Path(self.poisoned) / "dataset.json").read_text())
         left = len(ledger.poisoned_uids(ledger.ledger_path(shards)))
-        row = self._common() | {"arm": name, "when": f"epoch {arm.epoch}" if arm else None, "recipe": self.plan.recipe}
+        row = self._common() | {"arm": name, "when": arm.when if arm else None, "recipe": self.plan.recipe}
         row |= {"policy": arm.policy if arm else None, "samples": facts["pairs"]}
         row |= {"removed": total["pairs"] - facts["pairs"] - sum(facts["skipped"].values())}
         row |= {"poisons_in": total["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
@@ -156,15 +156,22 @@ class Run:
         """Worker seconds of embedding, of its detectors, and of rewriting; not of training the scoring model."""
         if arm is None:
             return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
-        scores = _marker_seconds(self._scores(arm.epoch), self.plan.shards)
-        names = {column(scores.keys() - {"read", "compute", "write", "total", "cpu"}, d) for d in _read_by(arm.policy)}
-        needs = {need for name in names for need in spec.parse("detectors", name).needs}
-        seconds = cpu = sum(scores[name] for name in names)
+        spent = {
+            f"{_scores_name(epoch)}:{name}": value
+            for epoch in arm.epochs
+            for name, value in _marker_seconds(self._scores(epoch), self.plan.shards).items()
+            if name not in ("read", "compute", "write", "total", "cpu")
+        }
+        names = {column(spent, detector) for detector in _read_by(arm.policy)}
+        seconds = cpu = sum(spent[name] for name in names)
         stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}")]
-        stages += [self._embeddings(arm.epoch)] if {"image_embedding", "text_embedding"} & needs else []
+        for epoch in arm.epochs:
+            read = [name.partition(":")[2] for name in names if name.startswith(f"{_scores_name(epoch)}:")]
+            if any({"image_embedding", "text_embedding"} & set(spec.parse("detectors", name).needs) for name in read):
+                stages.append(self._embeddings(epoch))
         for stage in stages:
-            spent = _marker_seconds(stage, self.plan.shards)
-            seconds, cpu = seconds + spent["total"], cpu + spent["cpu"]
+            took = _marker_seconds(stage, self.plan.shards)
+            seconds, cpu = seconds + took["total"], cpu + took["cpu"]
         return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
 
     def _common(self) -> dict[str, Any]:
@@ -175,7 +182,7 @@ class Run:
         return str(self.folder / f"embeddings-{epoch:03d}")
 
     def _scores(self, epoch: int) -> str:
-        return str(self.folder / f"scores-{epoch:03d}")
+        return str(self.folder / _scores_name(epoch))
 
     def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
         console.rule(f"{name}  ({self.attack}, dose {self.dose}, seed {self.seed})", align="left")
@@ -188,6 +195,10 @@ def _folder(plan: Config, attack: str, dose: str, seed: int, out: str) -> Path:
     name = spec.parse_call(attack)[0]
     facts = spec.digest([attack, dose, plan.shards, plan.recipe, plan.uid])
     return Path(out).absolute() / f"{name}-{dose.replace('%', 'percent')}-{facts}-seed{seed}"
+
+
+def _scores_name(epoch: int) -> str:
+    return f"scores-{epoch:03d}"
 
 
 def _arm_name(policy: str) -> str:
@@ -226,7 +237,7 @@ def _check(plan: Config) -> None:
         scored[scores.epoch] = [spec.text(spec.parse("detectors", d)) for d in scores.detectors]
     for arm in plan.filters:
         for detector in _read_by(arm.policy):
-            column(scored.get(arm.epoch, []), detector)
+            column([f"{_scores_name(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
 
 
 def _marker_seconds(folder: str, shards: str) -> dict[str, float]:

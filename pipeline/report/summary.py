@@ -102,7 +102,15 @@ def _facts(plan: Config, arms: Rows, seconds: float) -> dict[str, str]:
 
 def _shown(plan: Config) -> list[tuple[int, str]]:
     """Epoch and detector of the arms that were trained, controls aside."""
-    named = [(arm.epoch, name) for arm in plan.filters for name in spec.parse("policies", arm.policy).detectors]
+    named = []
+    for arm in plan.filters:
+        there = {
+            f"scores-{scored.epoch:03d}:{name}": (scored.epoch, name)
+            for scored in plan.scores
+            if scored.epoch in arm.epochs
+            for name in (spec.text(spec.parse("detectors", text)) for text in scored.detectors)
+        }
+        named += [there[column(there, name)] for name in spec.parse("policies", arm.policy).detectors]
     return [pair for pair in dict.fromkeys(named) if pair[1].split("(")[0] not in CONTROLS]
 
 

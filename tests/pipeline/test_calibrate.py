@@ -13,6 +13,7 @@ from pipeline.calibrate import calibrate, collect
 from pipeline.choice import BUDGETS, Canaries, Rule, choose, held_out
 from pipeline.errors import InputError
 from pipeline.filter import filter_shards
+from pipeline.loop import loop
 from pipeline.policies.budget import budget
 from pipeline.policies.ensemble import ensemble
 from pipeline.scored import Scored
@@ -247,3 +248,36 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         run(tmp_path, **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_loop_trains_on_what_a_policy_over_two_epochs_keeps(tmp_path):
+    """How a calibrated rule is tried: its columns are those of the loop's own folders."""
+    for part, low, high in (("in", 0, 120), ("eval", 200, 260)):
+        (tmp_path / part).mkdir()
+        write_tar(tmp_path / part / "0.tar", pairs(low, high))
+    (tmp_path / "classes.txt").write_text("circle\nsquare\nbanana\n")
+    detectors = "('scores-004:image_neighbours', 'scores-012:image_neighbours', 'clip_score')"
+    (tmp_path / "c.toml").write_text(f'''
+shards = "{tmp_path}/in"
+evaluation = "{tmp_path}/eval"
+classes = "{tmp_path}/classes.txt"
+recipe = "debug"
+attacks = ["patch(target='banana', size=24)"]
+doses = ["12"]
+[[scores]]
+epoch = 4
+detectors = ["image_neighbours(k=4)", "clip_score"]
+[[scores]]
+epoch = 12
+detectors = ["image_neighbours(k=4)"]
+[[filters]]
+epoch = [4, 12]
+policy = "ensemble(detectors={detectors}, drop=0.25)"
+''')
+    assert loop(str(tmp_path / "c.toml"), str(tmp_path / "out")) == 0
+    plain, filtered = pl.read_parquet(tmp_path / "out/results.parquet").to_dicts()
+    assert (plain["samples"], filtered["samples"], filtered["removed"]) == (120, 90, 30)
+    assert filtered["when"] == "epochs 4, 12"
+    assert filtered["filter_seconds"] > 0
