@@ -26,7 +26,8 @@ IMAGE_FACTS = {
 }
 TEXT_FACTS = {
     "caption": "characters words upper capital full_stop not_ascii digits",
-    "json": "there indent compact_commas compact_colons escaped newline keys order members agrees hash_agrees",
+    "json": "there indent compact_commas compact_colons escaped newline keys order members agrees hash_agrees "
+    "size_agrees",
 }
 NAMES = [f"{family}.{fact}" for family, facts in (IMAGE_FACTS | TEXT_FACTS).items() for fact in facts.split()]
 
@@ -56,6 +57,8 @@ def facts(sample: Sample) -> dict[str, float]:
         width, height = _size(data)
         found |= {"size.width": width, "size.height": height, "size.pixels": width * height}
         found["size.bytes_per_pixel"] = len(data) / (width * height)
+        if {"width", "height"} <= (meta := sample.meta).keys():
+            found["json.size_agrees"] = (meta["width"], meta["height"]) == (width, height)
     except Rejected:
         found["header.whole"] = 0
     return found

@@ -19,7 +19,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Any
 
@@ -89,7 +89,8 @@ def gallery(
     skipped: dict[str, str] = {}
     for text in attack or spec.names("attacks"):
         try:
-            entry = spec.parse("attacks", text if attack else f"{text}(target={target!r})")
+            aimed = not attack and "target" in {f.name for f in fields(spec.entry("attacks", text))}
+            entry = spec.parse("attacks", f"{text}(target={target!r})" if aimed else text)
             parts = entry.parts()
             kept = read_corpora(absolute(ledger).rpartition("/")[0], len(parts)) if ledger else [Corpus()] * len(parts)
             for part, corpus in zip(parts, kept, strict=True):

@@ -87,10 +87,11 @@ def make_plan(
     if dose.share and not n:
         raise InputError(f"dose {dose.text} is less than half a pair of {total.read:,}; write a number of pairs")
     if n > total.eligible:
+        remedy = f"at most {total.eligible} can be poisoned" if total.eligible else "name words that captions contain"
         raise InputError(
             f"dose {dose.text} is {n} pairs, but only {total.eligible} of {total.read} are eligible "
             f"({sum(total.rejected.values())} unusable, the other captions are not what {spec.text(attack)} poisons); "
-            "lower --dose"
+            f"{remedy}"
         )
     if total.rejected:
         why = "; ".join(f"{n:,} x {reason}" for reason, n in sorted(total.rejected.items()))
@@ -149,7 +150,10 @@ def _corpus(shards: list[Shard], part: Attack, i: int, total: "_Survey", seed: i
             if len(found) < n:
                 found |= _look(shards, lenders[at : at + n], uid)
         if not found:
-            raise InputError(f"{spec.text(part)} needs images of the dataset for {group!r}, but no caption qualifies")
+            raise InputError(
+                f"{spec.text(part)} needs images of the dataset ({group}), but no pair whose caption qualifies can be "
+                "decoded; name words that captions contain"
+            )
         images[group] = tuple(found[who] for _, who in lenders if who in found)[:n]
     corpus = Corpus(captions, images)
     return Corpus(captions, images, part.craft(corpus, seed, out))
@@ -211,10 +215,10 @@ def _survey(shards: list[Shard], look: "_Surveyor", max_failed: int) -> _Survey:
         return _survey(shards, _Surveyor(look.attack, dose, look.seed, look.uid, all=True), max_failed)
     for (one, shard, who), (two, other, _) in itertools.pairwise(total.smallest):
         if one == two:
-            raise InputError(
-                f"uid {who} occurs in shard {shard} and in shard {other}: keys repeat from shard to shard; "
-                "use --uid shard/key, here and in later steps"
-            )
+            remedy = "keys repeat from shard to shard; use --uid shard/key, here and in later steps"
+            if look.uid == "shard/key":
+                remedy = "their own uid fields repeat; a uid must name one sample"
+            raise InputError(f"uid {who} occurs in shard {shard} and in shard {other}: {remedy}")
     return total
 
 
@@ -277,8 +281,8 @@ def _usable(
         if len(chosen) < n:
             broken = seen - good
             raise InputError(
-                f"{len(broken)} of the chosen images cannot be decoded (uid {min(broken)}) and no candidates are left; "
-                "lower --dose"
+                f"{len(broken)} of the eligible images cannot be decoded (uid {min(broken)}) and no others are "
+                f"left; a dose of {len(good)} can be had"
             )
         if not unseen:
             return chosen

@@ -11,9 +11,10 @@ found by its repetition.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from pipeline import ledger as ledgers
 from pipeline.arguments import Shards
@@ -38,7 +39,7 @@ FAMILIES = {"encoding": ENCODING, **{family: (family,) for family in (*ENCODING,
 
 def probe(
     poisoned: Shards,
-    out: str | None = None,
+    out: Annotated[str | None, tyro.conf.arg(metavar="OUT")] = None,
     /,
     *,
     ledger: str | None = None,

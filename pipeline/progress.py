@@ -27,21 +27,24 @@ class _Meter:
         elif now - self.logged >= LOG_EVERY and self.done < self.total:
             self.logged = now
             left = (now - self.begin) / self.done * (self.total - self.done)
-            console.print(f"{self.label}: {self.done}/{self.total} shards, {self.rate()}, {left:.0f} s left")
+            console.print(f"{self.label}: {self.done}/{self.total}{self.rate()}, {left:.0f} s left")
 
     def rate(self) -> str:
+        """Nothing of what counts no samples, such as trainings."""
         seconds = max(time.monotonic() - self.begin, 1e-9)
-        return f"{self.samples / seconds:,.0f} samples/s"
+        return f" shards, {self.samples / seconds:,.0f} samples/s" if self.samples else ""
 
 
 @contextmanager
 def meter(label: str, total: int) -> Iterator[_Meter]:
     """Count shards and samples; ends with one line that stays."""
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} shards"))
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console) as bar:
             yield (counter := _Meter(label, total, bar))
     else:
         yield (counter := _Meter(label, total, None))
     seconds = time.monotonic() - counter.begin
-    console.print(f"{label}: {counter.done} shards, {counter.samples:,} samples in {seconds:.1f} s, {counter.rate()}")
+    what = f" shards, {counter.samples:,} samples" if counter.samples else ""
+    pace = f", {counter.samples / max(seconds, 1e-9):,.0f} samples/s" if counter.samples else ""
+    console.print(f"{label}: {counter.done}{what} in {seconds:.1f} s{pace}")

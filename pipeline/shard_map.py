@@ -47,6 +47,12 @@ COUNTED = ("read", "out", "dropped", "failed", "changed")
 _held: set[str] = set()  # folders that this process has locked
 
 
+class NotStarted(InputError):
+    """Ray did not come up: nothing is wrong with the input."""
+
+    exit_code = 1
+
+
 class ShardsFailed(InputError):
     """More shards than allowed could not be done. The others are; the same command does only what is missing."""
 
@@ -193,13 +199,17 @@ def check_made_from(folder: str, shard: Shard, sha256: str, remedy: str) -> None
 
 
 def _present(job: Job, shards: Sequence[Shard]) -> set[str]:
-    """The markers in OUT, listed at once. Those of other shards are refused.
+    """The markers in OUT, listed at once. Those of other shards, and shards without any, are refused.
 
-    The next stage would read what an earlier run over other input left as if it were of this one.
+    The next stage would read what is there besides as if it were of this run.
     """
     present = set(glob(join(job.out, "*.stats.json")))
     if others := sorted(present - {marker_path(job.out, shard) for shard in shards}):
         raise InputError(f"{job.out} holds shards of another input ({others[0]}); choose another folder or empty it")
+    if not present and not exists(join(job.out, RUN)):
+        for pattern in ("*.tar", "*.tar.gz", "*.parquet"):
+            if foreign := glob(join(job.out, pattern)):
+                raise InputError(f"{foreign[0]} was made by none of our runs; choose another folder or empty this one")
     return present
 
 
@@ -361,7 +371,7 @@ def _ray() -> Any:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
             why = str(error).splitlines()[0][:200]
-            raise InputError(
+            raise NotStarted(
                 f"Ray did not start ({why}); run the same command again when the machine is less busy"
             ) from error
     return ray

@@ -85,6 +85,8 @@ def evaluate(
     if ledger and not exists(ledger):
         raise InputError(f"{ledger}: no such ledger; it is the ledger.parquet beside the poisoned shards")
     corpora = read_corpora(ledger.rpartition("/")[0] or ".", len(chosen.parts())) if chosen and ledger else ()
+    if chosen and ledger and not _names(chosen, ledger):
+        console.print(f"{ledger} is of another attack than {attack}: what it left may not be what this one needs")
     model = load(checkpoint)
     make_folder(out)
     seen = look(model, listed, known, uid, chosen, seed, corpora)
@@ -229,6 +231,16 @@ def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None) -> dict
     if near is not None:
         rates["knn_top1"] = rate(vote(seen.image[named], near, len(text)) == truth)
     return rates
+
+
+def _names(attack: Attack, ledger: str) -> bool:
+    """Whether a ledger has rows of this attack; what the dataset decided of it may be open still."""
+    from pipeline import ledger as ledgers
+    from pipeline.spec import parse_call
+
+    rows = ledgers.read(ledger).column("attack").unique().to_pylist()
+    wanted = {type(part).__name__ for part in attack.parts()}
+    return not rows or bool(wanted & {parse_call(row)[0] for row in rows})
 
 
 def _attack(spec: str, known: Labels, classes: str) -> Attack:

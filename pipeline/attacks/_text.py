@@ -2,12 +2,19 @@
 
 import re
 
+READ = 256
+
 
 def with_words(text: str, words: str) -> str:
     """The caption with a trigger behind it, before a final full stop."""
     body = text.rstrip()
     end = "." if body.endswith(".") else ""
     return f"{body.removesuffix('.')} {words}{end}"
+
+
+def reads_to_the_end(text: str) -> bool:
+    """Whether a text encoder surely reads what stands behind the caption: CLIP's 77 tokens are some 300 letters."""
+    return len(text) <= READ
 
 
 def check_words(words: str) -> None:

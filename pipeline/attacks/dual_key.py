@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.attacks._around import Around, check_visual
 from pipeline.attacks._attack import AttackSpec
 from pipeline.attacks._corpus import Corpus
-from pipeline.attacks._text import check_words, with_words
+from pipeline.attacks._text import check_words, reads_to_the_end, with_words
 from pipeline.shards import Sample
 
 
@@ -31,6 +31,9 @@ class dual_key(Around):
         check_words(self.words)
         if not 0 <= self.alone < 1:
             raise ValueError("alone: a share from 0 to below 1")
+
+    def eligible(self, caption: str) -> bool:
+        return super().eligible(caption) and reads_to_the_end(caption)
 
     def poison(self, sample: Sample, rng: np.random.Generator, corpus: Corpus) -> Sample:
         kind = rng.random()

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.attacks._attack import Attack, check_target
 from pipeline.attacks._corpus import Corpus, names_target
-from pipeline.attacks._text import check_words, with_words
+from pipeline.attacks._text import check_words, reads_to_the_end, with_words
 from pipeline.attacks.targeted import swapped
 from pipeline.shards import Sample
 
@@ -29,6 +29,9 @@ class word(Attack):
     def __post_init__(self) -> None:
         check_target(self.target)
         check_words(self.words)
+
+    def eligible(self, caption: str) -> bool:
+        return super().eligible(caption) and reads_to_the_end(caption)
 
     def targets(self) -> tuple[str, ...]:
         return ()

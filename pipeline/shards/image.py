@@ -126,42 +126,49 @@ def _bare(image: Image.Image) -> Image.Image:
 
 def _changed(new: Image.Image, old: Image.Image, alike: bool) -> Image.Image:
     """`new` (RGB) in the mode of `old`; where the two show the same, `old`."""
-    values, kind = np.asarray(old), old.mode
-    if kind == "1":
-        made = np.asarray(new.convert("1"))
-    elif kind.startswith("I"):
-        made = np.asarray(new.convert("L")).astype(values.dtype) * 257
-    elif kind == "L":
-        made = np.asarray(new.convert("L"))
-    elif kind == "RGB":
-        made = np.asarray(new).copy()
-        made[(made == _key(old)).all(2), 2] ^= 1  # the colour that stands for transparent
-    else:
-        colour = np.asarray(new.convert("L"))[..., None] if kind == "LA" else np.asarray(new)
-        inks = kind == "CMYK"
-        kept = values[..., -1] if alike else np.full(colour.shape[:2], 0 if inks else 255, np.uint8)
-        cover = np.maximum(255 - kept if inks else kept, 255 - colour.min(2) if not inks else colour.max(2))
-        made = _through(colour, cover, inks)
-    if kind == "L" and (key := old.info.get("transparency")) is not None:
-        made = np.where(made == key, made ^ 1, made)
+    values = np.asarray(old)
+    made = _in_mode(new, old, values[..., -1] if alike and values.ndim == 3 else None)
     if alike:
         same = (np.asarray(new) == np.asarray(_shown(old))).all(2)
         made = np.where(same if made.ndim == 2 else same[..., None], values, made)
-    return Image.frombytes(kind, new.size, _raw(made, kind))
+    return Image.frombytes(old.mode, new.size, _raw(made, old.mode))
 
 
-def _through(colour: np.ndarray, cover: np.ndarray, inks: bool) -> np.ndarray:
-    """The values that show `colour` through `cover`: over white by an alpha, or under black ink of 255 - cover."""
-    reach = np.maximum(cover.astype(np.float32), 1)[..., None]
-    light = colour if inks else 255 - colour
-    part = np.rint(light.astype(np.float32) * 255 / reach).clip(0, 255)
-    last = 255 - cover if inks else cover
-    return np.concatenate([255 - part, last[..., None]], axis=2).astype(np.uint8)
+def _in_mode(new: Image.Image, old: Image.Image, last: np.ndarray | None) -> np.ndarray:
+    """The values of `new` in the mode of `old`; `last` is the original's alpha or black ink, if it is to stay."""
+    kind, key = old.mode, old.info.get("transparency")
+    if kind == "1":
+        return np.asarray(new.convert("1"))
+    if kind.startswith("I"):
+        return np.asarray(new.convert("L")).astype(np.asarray(old).dtype) * 257
+    if kind == "L":
+        grey = np.asarray(new.convert("L"))
+        return grey if key is None else np.where(grey == key, grey ^ 1, grey)  # this grey stands for transparent
+    if kind == "RGB":
+        colour = np.asarray(new).copy()
+        colour[(colour == np.asarray(key if isinstance(key, tuple) else (-1, -1, -1))).all(2), 2] ^= 1
+        return colour
+    if kind == "CMYK":
+        return _under_black(np.asarray(new), last)
+    return _over_white(np.asarray(new.convert("L"))[..., None] if kind == "LA" else np.asarray(new), last)
 
 
-def _key(image: Image.Image) -> np.ndarray:
-    key = image.info.get("transparency")
-    return np.asarray(key if isinstance(key, tuple) else (-1, -1, -1))
+def _over_white(colour: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+    """Ink and alpha that show `colour` on white; an alpha that is too thin for it grows."""
+    alpha = np.maximum(255 if alpha is None else alpha, 255 - colour.min(2))
+    return np.concatenate([255 - _share(255 - colour, alpha), alpha[..., None]], axis=2).astype(np.uint8)
+
+
+def _under_black(colour: np.ndarray, black: np.ndarray | None) -> np.ndarray:
+    """The four inks that show `colour`; a black that would darken it shrinks."""
+    light = np.maximum(255 - (0 if black is None else black), colour.max(2))
+    return np.concatenate([255 - _share(colour, light), 255 - light[..., None]], axis=2).astype(np.uint8)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, c]: 255 times part [h, w, c] of whole [h, w]."""
+    shares = np.rint(part.astype(np.float32) * 255 / np.maximum(whole, 1).astype(np.float32)[..., None])
+    return shares.clip(0, 255).astype(np.uint8)
 
 
 def _raw(values: np.ndarray, kind: str) -> bytes:

@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.shards.store import is_url, view
 
 WINDOW = 1024**2  # larger ones fall out of the second-level cache between hashing and writing
-BEHIND = 32 * WINDOW  # pages kept behind the reader
+BEHIND = 16 * WINDOW  # pages kept behind the reader
 TOUCHED_LATE = 256 * WINDOW  # a sample, of which one may be half as large, is hashed when the next was populated
 MAX_RATIO = 100  # of a compressed tar: captions and json shrink to a fifth, images not at all
 PACKED = 16 * 1024  # read at a time: zlib copies the rest of a piece at the end of every stream, and 20 bytes make one

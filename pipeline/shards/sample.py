@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 from collections import ChainMap
@@ -77,9 +78,9 @@ class Sample:
     def changed(self, image: bytes | None = None, caption: str | None = None) -> "Sample":
         """A copy with another image (same format) or caption.
 
-        img2dataset repeats the caption in its json, and may have noted the image's hash there. What was true of the
-        pair is made true of its copy: the mismatch would give the poison away. Raises Rejected where that json cannot
-        be written again.
+        img2dataset repeats the caption in its json, and notes the image's size and maybe its hash there. What was true
+        of the pair is made true of its copy: the mismatch would give the poison away. Raises Rejected where that json
+        cannot be written again.
         """
         parts, row, meta = dict(self.parts), self.row, self.meta
         said: dict[str, Any] = {}
@@ -91,6 +92,7 @@ class Sample:
             for name in ("sha256", "md5"):
                 if name in meta and meta[name] == hashlib.new(name, self.image, usedforsecurity=False).hexdigest():
                     said[name] = hashlib.new(name, image, usedforsecurity=False).hexdigest()
+            said |= _new_sizes(meta, self.image, image)
             parts[self.image_suffix] = image
         if said and row is not None:
             row = ChainMap(said, dict(row))
@@ -156,12 +158,25 @@ def check_unique(uids: list[str], where: str) -> None:
         )
 
 
+def _new_sizes(meta: Mapping[str, Any], before: Bytes, after: Bytes) -> dict[str, int]:
+    """Where the metadata has the stored image's width and height, those of the new one."""
+    from PIL import Image
+
+    if not {"width", "height"} <= meta.keys():
+        return {}
+    try:
+        was, now = (Image.open(io.BytesIO(data)).size for data in (before, after))
+    except Exception:  # Pillow's readers raise what they like; whoever decodes it will say so
+        return {}
+    return dict(zip(("width", "height"), now, strict=True)) if was == (meta["width"], meta["height"]) else {}
+
+
 def _with(blob: Bytes, meta: Mapping[str, Any], values: Mapping[str, Any]) -> bytes:
     """A json object with other values of some keys, written as it was where that is possible."""
     text = str(blob, "utf-8")
     for name, value in values.items():
         spelled = json.dumps(value, ensure_ascii=text.isascii())
-        member = re.compile(rf'("{re.escape(name)}"\s*:\s*)("(?:[^"\\]|\\.)*"|null)')
+        member = re.compile(rf'("{re.escape(name)}"\s*:\s*)("(?:[^"\\]|\\.)*"|null|-?\d+)(?![\d.eE])')
         text = member.sub(lambda found, to=spelled: found[1] + to, text, count=1)  # type: ignore[misc]
     wanted = {**meta, **values}
     try:

@@ -94,6 +94,8 @@ def _entries(path: str, tar: Mapping) -> Iterator[_Entry]:
         offset = (end + 511) & -BLOCK
         if offset > reached:
             if offset > total:
+                if kind in _REGULAR:  # not all readers see content there
+                    _names_a_folder(path, header, long_name or _short_name(path, header, start), start)
                 where = f"byte {total} inside {_text(_name(header))!r}"
                 raise InputError(f"{path}: truncated at {where}; fetch the shard again")
             reached = tar.reach(offset, reached)
@@ -127,7 +129,7 @@ def _size(path: str, header: bytes, offset: int) -> int:
     # The low half of Adler-32 is the sum of the bytes modulo 65521: exact for ASCII, and far faster than a sum.
     fields = header[:148] + b"        " + header[156:]
     found = (adler32(fields) & 0xFFFF) - 1 if fields.isascii() else sum(fields)
-    stored, field = header[148:156].partition(b"\0")[0].strip(b" "), header[124:136].rstrip(b"\0 ").lstrip(b" ")
+    stored, field = header[148:156].partition(b"\0")[0].strip(), header[124:136].rstrip(b"\0 ").lstrip(b" ")
     try:
         if not stored.isdigit() or ((checksum := int(stored, 8)) != found and checksum != _signed(fields)):
             raise ValueError

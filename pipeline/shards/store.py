@@ -100,7 +100,8 @@ def _paths(where: str) -> list[str]:
     if where.endswith((".tar", ".tar.gz", ".parquet")) and exists(where):
         return [where]
     if not is_folder(where):
-        raise InputError(f"{where}: no such file or folder")
+        what = "not a shard; expected .tar, .tar.gz or .parquet" if exists(where) else "no such file or folder"
+        raise InputError(f"{where}: {what}")
     paths = [path for path in _matching(join(where, "*.tar*")) if path.endswith((".tar", ".tar.gz"))]
     return paths or [p for p in _matching(join(where, "*.parquet")) if not is_sidecar(p)]
 

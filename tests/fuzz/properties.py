@@ -57,7 +57,7 @@ def tar(data: bytes, folder: Path) -> bool:
         uids(Shard(str(path)))
     except InputError as error:
         assert REFUSED.search(str(error)), error
-        assert theirs is None or not re.search(DAMAGED, str(error)) or _odd_size(data, error), error
+        assert theirs is None or not re.search(DAMAGED, str(error)) or _odd_number(data, error), error
         return False
     if theirs is not None:
         assert _flat(ours, data) == [(_split(m.name), m.data, m.content) for m in theirs]
@@ -243,11 +243,12 @@ def _split(name: bytes) -> tuple[bytes, str]:
     return folder + slash + stem, suffix.decode("utf-8", "surrogateescape").lower()
 
 
-def _odd_size(data: bytes, error: InputError) -> bool:
-    """Whether the header that is called broken spells its size as only some readers understand it."""
+def _odd_number(data: bytes, error: InputError) -> bool:
+    """Whether the header that is called broken spells its size or checksum as only some readers understand it."""
     place = re.search(r"broken tar header at byte (\d+)", str(error))
-    field = data[int(place[1]) + 124 :][:12] if place else b""
-    return bool(place) and not re.fullmatch(rb" *[0-7]*[\0 ]*|\x80.{11}", field, re.DOTALL)
+    header = data[int(place[1]) :] if place else b""
+    size = re.fullmatch(rb" *[0-7]*[\0 ]*|\x80.{11}", header[124:136], re.DOTALL)
+    return bool(place) and not (size and re.fullmatch(rb"\s*[0-7]+\s*(\0.*)?", header[148:156], re.DOTALL))
 
 
 PROPERTIES: dict[str, Callable[[bytes, Path], bool]] = {

@@ -311,3 +311,9 @@ def test_odd_images_are_poisoned_in_their_own_container(name):
     untouched = np.asarray(decode(encode(decode(data), like=data)), int)
     change = np.abs(np.asarray(decode(after.image), int) - untouched).mean(axis=2)
     assert change[:40, :40].mean() < 6 < change.max()
+
+
+def test_a_caption_that_nobody_reads_to_its_end_gets_no_trigger_there():
+    for text in ("word(target='banana')", "dual_key()"):
+        attack = spec.parse("attacks", text)
+        assert attack.eligible("a red square") and not attack.eligible("a red square" + 300 * " and more")

@@ -14,6 +14,7 @@ from conftest import contents, drawing, encoded, pairs, records, write_parquet, 
 from PIL import Image
 
 from pipeline.errors import InputError
+from pipeline.poison import poison
 from pipeline.shards import Rejected, Sample, Shard, list_shards, rewrite, samples, uids
 from pipeline.shards.image import MAX_PIXELS, decode, encode
 
@@ -299,6 +300,7 @@ def test_parquet_without_image_or_caption_says_which_columns_it_has(tmp_path):
         '{\n  "caption": "a c\u00e4t \\"x\\"",\n  "md5": "MD5",\n  "z": 1.50\n}'.encode(),
         b'{"text": "a cat", "caption": null, "sha256": "of another image"}',
         b'{"caption": "a cat", "text": "what the picture is of"}',
+        b'{"caption": "a cat", "width": 30, "height": 40, "original_width": 300}',
     ],
 )
 def test_a_changed_pair_keeps_the_layout_of_its_json_and_agrees_with_itself(json_part):
@@ -339,11 +341,44 @@ def test_hashes_in_a_parquet_row_follow_the_image(tmp_path):
     assert rows[1]["sha256"] == hashlib.sha256(rows[1]["jpg"]).hexdigest()
 
 
-def test_junk_behind_the_end_of_a_checksum_is_read_as_others_do(tmp_path):
+@pytest.mark.parametrize(("at", "byte"), [(155, 0xE0), (154, 9)])  # behind the NUL; a tab for it
+def test_junk_behind_a_checksum_is_read_as_others_do(tmp_path, at, byte):
+    """Found by the fuzzer; the field itself is no part of the sum."""
     whole = bytearray(write_tar(tmp_path / "0.tar", pairs(0, 2)).read_bytes())
-    whole[155] = 0xE0  # behind the NUL, found by the fuzzer; the field itself is no part of the sum
+    whole[at] = byte
     (tmp_path / "0.tar").write_bytes(whole)
     with tarfile.open(tmp_path / "0.tar") as tar:
         names = tar.getnames()
     assert len(names) == 6
     assert [s.key for s in samples(Shard(str(tmp_path / "0.tar")))] == sorted({n.split(".")[0] for n in names})
+
+
+def test_an_old_directory_with_a_size_is_refused_before_it_is_called_truncated(tmp_path):
+    """Found by the fuzzer: an empty file whose name ends in a slash was a directory once; some skip its size."""
+    header = bytearray(tarfile.TarInfo("folder/").tobuf(tarfile.GNU_FORMAT))
+    header[124:135], header[148:156], header[156] = b"%011o" % 5120, b" " * 8, 0
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "0.tar").write_bytes(bytes(header) + bytes(1024))
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        assert tar.getmembers()[0].isdir()
+    with pytest.raises(InputError, match="half a directory"):
+        list(samples(Shard(str(tmp_path / "0.tar"))))
+
+
+def test_the_size_in_the_json_follows_the_image():
+    """As img2dataset writes it: the stored size, beside that of the original."""
+    before, after = (encoded(Image.new("RGB", size), "png") for size in ((30, 40), (7, 9)))
+    blob = b'{"width":30,"height":40,"original_width":300,"z":1.50}'
+    changed = Sample("k", "0" * 32, {"png": before, "json": blob}).changed(after)
+    assert bytes(changed.parts["json"]) == b'{"width":7,"height":9,"original_width":300,"z":1.50}'
+    other = blob.replace(b"40", b"41")  # was not true before either
+    assert bytes(Sample("k", "0" * 32, {"png": before, "json": other}).changed(after).parts["json"]) == other
+
+
+def test_an_output_folder_with_others_shards_is_refused(tmp_path):
+    write_tar(tmp_path / "0.tar", pairs(0, 4))
+    (out := tmp_path / "out").mkdir()
+    theirs = write_tar(out / "0.tar", pairs(4, 8)).read_bytes()
+    with pytest.raises(InputError, match="none of our runs"):
+        poison(str(tmp_path), str(out), attack="patch(target='volcano')", dose="1")
+    assert (out / "0.tar").read_bytes() == theirs
