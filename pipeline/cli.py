@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
     "status": ("pipeline.status:status", "how far is the job that writes to a folder"),
     "validate-attack": ("pipeline.validate_attack:validate_attack", "from which dose on an attack works, undefended"),
+    "calibrate": ("pipeline.calibrate:calibrate", "choose detectors, weights and time to score by known poisons"),
     "loop": ("pipeline.loop:loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
     "gallery": ("pipeline.gallery:gallery", "what the triggers look like, what a codec leaves of them, what they cost"),
     "list": (

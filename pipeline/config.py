@@ -22,10 +22,22 @@ class Scores:
 
 @dataclass(frozen=True)
 class Filter:
-    """A policy over the scores of one epoch: an arm that is trained again on what it keeps."""
+    """A policy over the scores of one epoch, or several: an arm that is trained again on what it keeps.
 
-    epoch: int
+    With several, detectors are told apart as in `filter`: 'scores-004:slof' is that of epoch 4.
+    """
+
+    epoch: int | tuple[int, ...]
     policy: str
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        return self.epoch if isinstance(self.epoch, tuple) else (self.epoch,)
+
+    @property
+    def when(self) -> str:
+        """In words."""
+        return f"epoch {self.epoch}" if isinstance(self.epoch, int) else "epochs " + ", ".join(map(str, self.epoch))
 
 
 @dataclass(frozen=True)

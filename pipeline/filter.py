@@ -5,6 +5,8 @@ blindly.
 """
 
 import collections
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pipeline.arguments import Out, Shards
 from pipeline.dataset import Row, describe, write_stats
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.score import read_scores, scores_path
+from pipeline.scored import Scored, make_groups
 from pipeline.shard_map import Job, check_made_from, locked, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
 from pipeline.shards.store import absolute, existing, join, make_folder, stamp, whole, write
@@ -26,47 +28,56 @@ AT_ONCE = 4_000_000  # uids sorted in memory
 
 
 def filter_shards(
-    shards: Shards, out: Out, /, *, scores: str, policy: str, uid: UidRule = "key", max_failed_shards: int = 0
+    shards: Shards,
+    out: Out,
+    /,
+    *,
+    scores: tuple[str, ...],
+    policy: str,
+    uid: UidRule = "key",
+    max_failed_shards: int = 0,
 ) -> int:
     """Split SHARDS into OUT/kept and OUT/quarantine; untouched bytes, one output shard per input shard.
 
     Args:
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
         out: folder for kept/, quarantine/, keep.npy (DataComp's u8,u8 subset file) and keep.parquet.
-        scores: folder that `mithridate score` wrote for these shards.
+        scores: folder that `mithridate score` wrote for these shards; of several (other checkpoints, other detectors)
+            the last part of the path tells their columns apart, as in "ensemble(detectors=('a:slof', 'b:slof'))".
         policy: e.g. "budget(detector='slof', drop=0.1)"; see `mithridate list policies`.
         uid: how a uid is derived where samples carry none; the same as in the steps before.
         max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
-    listed, out, scores = list_shards(shards), absolute(out), absolute(scores)
+    listed, out = list_shards(shards), absolute(out)
     entry = spec.parse("policies", policy)
-    paths = [scores_path(scores, shard.name) for shard in listed]
-    there = existing(paths)
-    if len(paths) - len(there) <= max_failed_shards:
-        paths = [path for path in paths if path in there]
-
-    def passes() -> Iterator[dict[str, np.ndarray]]:
-        return map(read_scores, paths)
-
+    scored = Scored(tuple(map(absolute, scores)))
+    names = [shard.name for shard in listed]
     with locked(out):
-        _filter(listed, out, scores, entry, entry.fit(passes), uid, max_failed_shards)
+        if needs := getattr(entry, "needs", ()):
+            scored = dataclasses.replace(scored, groups=join(out, "groups"))
+            make_groups(listed, scored.groups, needs, uid, max_failed_shards)
+        complete = scored.complete(names)
+        if len(names) - len(complete) <= max_failed_shards:
+            names = complete
+        fitted = entry.fit(lambda: scored.passes(names))
+        _filter(listed, out, scored, entry, fitted, uid, max_failed_shards)
     return 0
 
 
 def _filter(
-    shards: list[Shard], out: str, scores: str, policy: Any, fitted: Any, uid: UidRule, max_failed: int
+    shards: list[Shard], out: str, scored: Scored, policy: Any, fitted: Any, uid: UidRule, max_failed: int
 ) -> None:
     kept, quarantine = join(out, "kept"), join(out, "quarantine")
     make_folder(kept)
     make_folder(quarantine)
     known = ledger.known(shards)
-    facts = {"policy": spec.text(policy), "fitted": fitted, "uid": uid}
-    paths = [scores_path(scores, shard.name) for shard in shards]
+    facts = {"policy": spec.text(policy), "fitted": _told(fitted), "uid": uid}
+    paths = [path for shard in shards for path in scored.paths(shard.name)]
     there = existing(paths)
     stamps = [stamp(path) for path in paths if path in there]
     facts["ledger"] = spec.digest(known.column("uid").to_pylist()) if known is not None else ""
     job = Job("filter", {**facts, "scores": spec.digest(stamps)}, out, max_failed)
-    markers = shard_map(job, shards, _Filter(policy, fitted, scores, uid), known)
+    markers = shard_map(job, shards, _Filter(policy, scored, uid), fitted, known)
     total, dropped = sum(m["read"] for m in markers), sum(m["dropped"] for m in markers)
     console.print(f"{dropped:,} of {total:,} pairs dropped by {spec.text(policy)}; they are in {quarantine}")
     if unscored := sum(m["reasons"].get("unscored", 0) for m in markers):
@@ -106,15 +117,14 @@ class _Filter:
     """One shard into two: what is kept, and what is quarantined."""
 
     policy: Any
-    fitted: Any
-    scores: str
+    scored: Scored
     uid: UidRule
 
-    def __call__(self, shard: Shard, out: str, known: Any) -> Counts:
+    def __call__(self, shard: Shard, out: str, fitted: Any, known: Any) -> Counts:
         import pyarrow as pa
 
-        found = read_scores(scores_path(self.scores, shard.name))
-        drops = dict(zip(found["uid"], self.policy.drops(found, self.fitted).tolist(), strict=True))
+        found = self.scored.read(shard.name)
+        drops = dict(zip(found["uid"], self.policy.drops(found, fitted).tolist(), strict=True))
         unscored = set(found["uid"][self.policy.unscored(found)])
         reasons: dict[str, str | None] = {}
 
@@ -126,10 +136,10 @@ class _Filter:
 
         counts = rewrite(shard, join(out, "kept"), keep, self.uid, dropped=join(out, "quarantine"))
         if reasons and drops.keys().isdisjoint(reasons):
-            raise InputError(
-                f"{self.scores}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
-            )
-        check_made_from(self.scores, shard, counts.input_sha256, "run `mithridate score` on them")
+            folder = self.scored.folders[0]
+            raise InputError(f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?")
+        for folder in self.scored.folders:
+            check_made_from(folder, shard, counts.input_sha256, "run `mithridate score` on them")
         counts.reasons = dict(collections.Counter(why for why in reasons.values() if why))
         part = f"{shard.name}.keep.parquet"
         columns = {"uid": list(reasons), "kept": [why is None for why in reasons.values()]}
@@ -146,6 +156,15 @@ class _Filter:
                     counts.facts[folder] = ledger.write_part(join(out, folder), shard, rows)
                     counts.facts["files"].append(f"{folder}/{counts.facts[folder]['file']}")
         return counts
+
+
+def _told(fitted: Any) -> Any:
+    """What a policy learnt, small enough for every marker: arrays as their digests."""
+    if isinstance(fitted, np.ndarray):
+        return hashlib.sha256(fitted.tobytes()).hexdigest()[:16]
+    if dataclasses.is_dataclass(fitted):
+        return {field.name: _told(getattr(fitted, field.name)) for field in dataclasses.fields(fitted)}
+    return [_told(value) for value in fitted] if isinstance(fitted, tuple) else fitted
 
 
 def _keep_lists(out: str, shards: list[Shard], n: int) -> None:

@@ -97,7 +97,7 @@ class Run:
             )
         for arm in self.plan.filters:
             folder = self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}"
-            scored = self._scores(arm.epoch)
+            scored = tuple(map(self._scores, arm.epochs))
             self._stage(
                 f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=arm.policy
             )
@@ -145,7 +145,7 @@ class Run:
         measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())["metrics"]
         total = json.loads((Path(self.poisoned) / "dataset.json").read_text())
         left = len(ledger.poisoned_uids(ledger.ledger_path(shards)))
-        row = self._common() | {"arm": name, "when": f"epoch {arm.epoch}" if arm else None, "recipe": self.plan.recipe}
+        row = self._common() | {"arm": name, "when": arm.when if arm else None, "recipe": self.plan.recipe}
         row |= {"policy": arm.policy if arm else None, "samples": facts["pairs"]}
         row |= {"removed": total["pairs"] - facts["pairs"] - sum(facts["skipped"].values())}
         row |= {"poisons_in": total["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
@@ -153,20 +153,25 @@ class Run:
         return row | measured
 
     def _cost(self, arm: Filter | None, pairs: int) -> dict[str, float | None]:
-        """Worker seconds of embedding, of this one detector, and of rewriting; not of training the scoring model."""
+        """Worker seconds of embedding, of its detectors, and of rewriting; not of training the scoring model."""
         if arm is None:
             return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
-        detector = _arm_name(arm.policy)
-        scores = _marker_seconds(self._scores(arm.epoch), self.plan.shards)
-        name = column(scores.keys() - {"read", "compute", "write", "total", "cpu"}, detector)
-        needs = spec.parse("detectors", name).needs
-        seconds = scores[name]
-        cpu = scores[name]
+        spent = {
+            f"{_scores_name(epoch)}:{name}": value
+            for epoch in arm.epochs
+            for name, value in _marker_seconds(self._scores(epoch), self.plan.shards).items()
+            if name not in ("read", "compute", "write", "total", "cpu")
+        }
+        names = {column(spent, detector) for detector in _read_by(arm.policy)}
+        seconds = cpu = sum(spent[name] for name in names)
         stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}")]
-        stages += [self._embeddings(arm.epoch)] if {"image_embedding", "text_embedding"} & set(needs) else []
+        for epoch in arm.epochs:
+            read = [name.partition(":")[2] for name in names if name.startswith(f"{_scores_name(epoch)}:")]
+            if any({"image_embedding", "text_embedding"} & set(spec.parse("detectors", name).needs) for name in read):
+                stages.append(self._embeddings(epoch))
         for stage in stages:
-            spent = _marker_seconds(stage, self.plan.shards)
-            seconds, cpu = seconds + spent["total"], cpu + spent["cpu"]
+            took = _marker_seconds(stage, self.plan.shards)
+            seconds, cpu = seconds + took["total"], cpu + took["cpu"]
         return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
 
     def _common(self) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Run:
         return str(self.folder / f"embeddings-{epoch:03d}")
 
     def _scores(self, epoch: int) -> str:
-        return str(self.folder / f"scores-{epoch:03d}")
+        return str(self.folder / _scores_name(epoch))
 
     def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
         console.rule(f"{name}  ({self.attack}, dose {self.dose}, seed {self.seed})", align="left")
@@ -192,9 +197,19 @@ def _folder(plan: Config, attack: str, dose: str, seed: int, out: str) -> Path:
     return Path(out).absolute() / f"{name}-{dose.replace('%', 'percent')}-{facts}-seed{seed}"
 
 
+def _scores_name(epoch: int) -> str:
+    return f"scores-{epoch:03d}"
+
+
 def _arm_name(policy: str) -> str:
-    """The detector that a policy acts on."""
-    return str(spec.parse_call(policy)[1].get("detector", policy))
+    """The detector that a policy acts on; of several, the policy itself."""
+    names = _read_by(policy)
+    return names[0] if len(names) == 1 else policy
+
+
+def _read_by(policy: str) -> tuple[str, ...]:
+    detectors: tuple[str, ...] = spec.parse("policies", policy).detectors
+    return detectors
 
 
 def _check(plan: Config) -> None:
@@ -221,8 +236,8 @@ def _check(plan: Config) -> None:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
         scored[scores.epoch] = [spec.text(spec.parse("detectors", d)) for d in scores.detectors]
     for arm in plan.filters:
-        spec.parse("policies", arm.policy)
-        column(scored.get(arm.epoch, []), _arm_name(arm.policy))
+        for detector in _read_by(arm.policy):
+            column([f"{_scores_name(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
 
 
 def _marker_seconds(folder: str, shards: str) -> dict[str, float]:

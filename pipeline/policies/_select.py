@@ -7,24 +7,37 @@ import numpy as np
 from pipeline.errors import InputError
 
 DIGIT = 16
+NOT_SCORES = ("uid", "caption", "domain")  # the last two: `needs` of a policy, uint64 groups (pipeline/scored.py)
 
 
 def column(columns: Iterable[str], detector: str) -> str:
-    """The score column that `detector` names: its whole spec, or its name where that is unambiguous."""
-    have = [c for c in columns if c != "uid"]
-    matches = [c for c in have if c == detector] or [c for c in have if c.split("(")[0] == detector]
+    """The score column that `detector` names: FOLDER:spec, or less of it (spec, FOLDER:name, name) if unambiguous."""
+    have = [c for c in columns if c not in NOT_SCORES]
+    by_form = ([c for c in have if _forms(c)[i] == detector] for i in range(4))
+    matches = next(filter(None, by_form), [])
     if len(matches) != 1:
         problem = "fits several" if matches else "is not"
         raise InputError(f"detector {detector!r} {problem} among the scores: {', '.join(matches or have)}")
     return matches[0]
 
 
-def keys(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
-    """uint64[n] that sort like (score, uid): NaN above all, ties by the first 32 bits of the uid."""
+def _forms(name: str) -> tuple[str, str, str, str]:
+    """All that a column may be called, the fullest first."""
+    head, bracket, parameters = name.partition("(")
+    folder, _, detector = head.rpartition(":")
+    return name, detector + bracket + parameters, f"{folder}:{detector}", detector
+
+
+def ordered(scores: np.ndarray) -> np.ndarray:
+    """uint64[n] of 32 bits that sort like the scores; NaN is as high as infinity."""
     bits = np.where(np.isnan(scores), np.float32(np.inf), scores).astype(np.float32).view(np.uint32).astype(np.uint64)
     negative = bits >> np.uint64(31) == 1
-    ordered = np.where(negative, ~bits & np.uint64(0xFFFFFFFF), bits | np.uint64(0x80000000))
-    return ordered << np.uint64(32) | np.asarray([int(u[:8], 16) for u in uids], np.uint64)
+    return np.where(negative, ~bits & np.uint64(0xFFFFFFFF), bits | np.uint64(0x80000000))
+
+
+def keys(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
+    """uint64[n] that sort like (score, uid): NaN above all, ties by the first 32 bits of the uid."""
+    return ordered(scores) << np.uint64(32) | np.asarray([int(u[:8], 16) for u in uids], np.uint64)
 
 
 def nth_largest(passes: Callable[[], Iterable[np.ndarray]], n: int) -> int:
@@ -42,3 +55,8 @@ def nth_largest(passes: Callable[[], Iterable[np.ndarray]], n: int) -> int:
         left -= int(above[digit] - histogram[digit])
         prefix = prefix << DIGIT | digit
     return prefix
+
+
+def share_of(share: float, pairs: int) -> int:
+    """How many pairs a share is, rounded down."""
+    return int(share * pairs + 1e-6)  # 0.29 * 100 is 28.999…

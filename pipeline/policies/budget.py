@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.policies._select import column, keys, nth_largest
+from pipeline.policies._select import column, keys, nth_largest, share_of
 
 Scores = Mapping[str, np.ndarray]
 
@@ -21,10 +21,15 @@ class budget:
         if not 0 <= self.drop < 1:
             raise ValueError("drop is a share: 0 <= drop < 1")
 
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """Whose scores it reads."""
+        return (self.detector,)
+
     def fit(self, passes: Callable[[], Iterable[Scores]]) -> int:
         """The key of the last pair to be dropped."""
         pairs = sum(len(scores["uid"]) for scores in passes())
-        n = int(self.drop * pairs + 1e-6)  # 0.29 * 100 is 28.999…
+        n = share_of(self.drop, pairs)
         return nth_largest(lambda: map(self._keys, passes()), n) if n else 2**64
 
     def drops(self, scores: Scores, fitted: int) -> np.ndarray:

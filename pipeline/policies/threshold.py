@@ -17,6 +17,11 @@ class threshold:
     detector: str
     above: float
 
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """Whose scores it reads."""
+        return (self.detector,)
+
     def fit(self, passes: Callable[[], Iterable[Scores]]) -> None:
         """Nothing to learn from the data."""
 

@@ -102,8 +102,16 @@ def _facts(plan: Config, arms: Rows, seconds: float) -> dict[str, str]:
 
 def _shown(plan: Config) -> list[tuple[int, str]]:
     """Epoch and detector of the arms that were trained, controls aside."""
-    named = [(arm.epoch, str(spec.parse_call(arm.policy)[1].get("detector"))) for arm in plan.filters]
-    return [pair for pair in named if pair[1].split("(")[0] not in CONTROLS]
+    named = []
+    for arm in plan.filters:
+        there = {
+            f"scores-{scored.epoch:03d}:{name}": (scored.epoch, name)
+            for scored in plan.scores
+            if scored.epoch in arm.epochs
+            for name in (spec.text(spec.parse("detectors", text)) for text in scored.detectors)
+        }
+        named += [there[column(there, name)] for name in spec.parse("policies", arm.policy).detectors]
+    return [pair for pair in dict.fromkeys(named) if pair[1].split("(")[0] not in CONTROLS]
 
 
 def _histograms(plan: Config, run: "Run") -> list[report.Histogram]:

@@ -94,7 +94,7 @@ def poisoned_and_filtered(tmp_path: Path) -> Path:
     poison(str(tmp_path / "in"), str(tmp_path / "poisoned"), attack="patch(target='banana', size=24)", dose="20")
     score(str(tmp_path / "poisoned"), str(tmp_path / "scores"), detector=("oracle",))
     policy = "budget(detector='oracle', drop=0.1)"
-    filter_shards(str(tmp_path / "poisoned"), str(tmp_path / "out"), scores=str(tmp_path / "scores"), policy=policy)
+    filter_shards(str(tmp_path / "poisoned"), str(tmp_path / "out"), scores=(str(tmp_path / "scores"),), policy=policy)
     return tmp_path / "out"
 
 

@@ -58,7 +58,7 @@ def test_poison_and_filter_in_a_storm_write_the_bytes_of_a_local_run(server, wor
         poison(shards, f"{out}/poisoned", attack=PATCH, dose="6")
         score(f"{out}/poisoned", f"{out}/scores", detector=("oracle",))
         policy = "budget(detector='oracle', drop=0.1)"
-        filter_shards(f"{out}/poisoned", f"{out}/filtered", scores=f"{out}/scores", policy=policy)
+        filter_shards(f"{out}/poisoned", f"{out}/filtered", scores=(f"{out}/scores",), policy=policy)
     assert len(server.requests) > 100
     server.calm()
     for folder in ("poisoned", "filtered/kept", "filtered/quarantine"):
