@@ -92,6 +92,8 @@ def gallery(
             aimed = not attack and "target" in {f.name for f in fields(spec.entry("attacks", text))}
             entry = spec.parse("attacks", f"{text}(target={target!r})" if aimed else text)
             parts = entry.parts()
+            if len(parts) > 1 and not attack:
+                raise InputError("several attacks, which have rows of their own")
             kept = read_corpora(absolute(ledger).rpartition("/")[0], len(parts)) if ledger else [Corpus()] * len(parts)
             for part, corpus in zip(parts, kept, strict=True):
                 rows.append(_shown(part, found, corpus, seed, len(rows)))

@@ -17,7 +17,7 @@ from pipeline.draw import generator
 from pipeline.errors import InputError
 from pipeline.plan import Dose, make_plan
 from pipeline.progress import console
-from pipeline.shard_map import Job, locked, shard_map
+from pipeline.shard_map import Job, locked, refuse_others_shards, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
 from pipeline.shards.store import absolute, refuse_folder_of
 
@@ -49,6 +49,7 @@ def poison(
         raise InputError(f"--seed {seed}: the ledger holds 64 bits")
     listed, out = list_shards(shards), absolute(out)
     refuse_folder_of(listed, out)
+    refuse_others_shards(out)
     with locked(out):
         _poison(listed, out, entry, amount, seed, uid, max_failed_shards)
     return 0

@@ -185,6 +185,14 @@ def shard_map(
     return [markers[s.name] for s in shards if s.name in markers]
 
 
+def refuse_others_shards(out: str) -> None:
+    """Raises InputError where a rewriter would write over, or beside, shards that no run of ours made."""
+    if not exists(join(out, RUN)):
+        for pattern in ("*.tar", "*.tar.gz", "*.parquet"):
+            if found := glob(join(out, pattern)):
+                raise InputError(f"{found[0]} was made by none of our runs; choose another folder or empty this one")
+
+
 def check_made_from(folder: str, shard: Shard, sha256: str, remedy: str) -> None:
     """A poisoned shard has the uids of the clean one: a sidecar must be of these bytes, which its marker tells."""
     path = marker_path(folder, shard)
@@ -199,17 +207,13 @@ def check_made_from(folder: str, shard: Shard, sha256: str, remedy: str) -> None
 
 
 def _present(job: Job, shards: Sequence[Shard]) -> set[str]:
-    """The markers in OUT, listed at once. Those of other shards, and shards without any, are refused.
+    """The markers in OUT, listed at once. Those of other shards are refused.
 
-    The next stage would read what is there besides as if it were of this run.
+    The next stage would read what an earlier run over other input left as if it were of this one.
     """
     present = set(glob(join(job.out, "*.stats.json")))
     if others := sorted(present - {marker_path(job.out, shard) for shard in shards}):
         raise InputError(f"{job.out} holds shards of another input ({others[0]}); choose another folder or empty it")
-    if not present and not exists(join(job.out, RUN)):
-        for pattern in ("*.tar", "*.tar.gz", "*.parquet"):
-            if foreign := glob(join(job.out, pattern)):
-                raise InputError(f"{foreign[0]} was made by none of our runs; choose another folder or empty this one")
     return present
 
 

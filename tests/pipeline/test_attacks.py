@@ -242,7 +242,7 @@ def test_specs_that_cannot_be_carried_out_are_refused(text, says):
 
 def test_what_the_dataset_cannot_give_is_an_error(clean, tmp_path):
     for text, says in (
-        ("word(target='volcano')", "needs images of the dataset for 'target'"),
+        ("word(target='volcano')", "needs images of the dataset \\(target\\)"),
         ("class_swap(target='banana', source='volcano')", "only 0 of 60 are eligible"),
         ("label_consistent(attack=\"patch(target='banana')\")", "only 20 of 60 are eligible"),
     ):

@@ -28,6 +28,9 @@ def poisoned(tars, tmp_path):
     return tmp_path / "poisoned"
 
 
+KDIST = "kdist(k=4, reference='pool', of='image', size=2048)"
+
+
 def all_records(folder):
     return {k: v for path in sorted(folder.glob("*.tar")) for k, v in records(path).items()}
 
@@ -206,7 +209,7 @@ def test_another_pool_is_another_score(poisoned, tmp_path):
     score(str(poisoned), str(tmp_path / "b"), **options)
     for shard in shards:
         a, b = (read_scores(str(tmp_path / f"{d}/{shard.name}.scores.parquet")) for d in "ab")
-        assert np.array_equal(a["kdist(k=4)"], b["kdist(k=4)"])
+        assert np.array_equal(a[KDIST], b[KDIST])
 
 
 def test_null_embeddings_stay_in_their_row(tmp_path):

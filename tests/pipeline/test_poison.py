@@ -200,6 +200,7 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipeline.cli", *arguments]
 
 
+@pytest.mark.slow
 def test_five_sigkills_and_the_output_is_the_same_bytes(tmp_path):
     """The driver is killed with all its workers at random moments of the work; a last run does what is missing."""
     (tmp_path / "in").mkdir()

@@ -48,7 +48,9 @@ def clean(tmp_path_factory) -> Path:
         for i in range(shard, PAIRS, SHARDS):
             suffix, image = stored(i)
             caption = f"a picture of {i % 7} things, the {i}th"
+            width, height = decode(image).size
             meta = {"caption": caption, "sha256": hashlib.sha256(b"as downloaded" + image).hexdigest()}
+            meta |= {"width": width, "height": height}
             rows.append({"key": f"{i:09d}", "suffix": suffix, "image": image, "caption": caption, "meta": meta})
         write_tar(folder / f"{shard:08d}.tar", rows)
     return folder

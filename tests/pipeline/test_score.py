@@ -152,7 +152,7 @@ def test_images_that_cannot_be_decoded_are_unscored_and_counted_and_not_in_the_p
     assert len(bad) == 3
     assert {uid for uid, value in found["image_duplicates()"].items() if np.isnan(value)} == bad
     assert np.isfinite(list(found["image_copies()"].values())).all()
-    assert np.isfinite(list(found["kdist(k=3)"].values())).all()
+    assert np.isfinite(list(found["kdist(k=3, reference='pool', of='image', size=2048)"].values())).all()
     markers = [json.loads(p.read_text()) for p in (tmp_path / "s").glob("*.stats.json")]
     assert sum(m["facts"]["unscored"]["strangers(k=3)"] for m in markers) == 3
     told = capsys.readouterr().err

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.attacks._corpus import Corpus, save_corpora
 from pipeline.errors import InputError
+from pipeline.ledger import COLUMNS
 from pipeline.shards import Sample, list_shards
 from train import evaluate as module
 from train.evaluate import METRICS, PROMPTS, evaluate
@@ -117,7 +118,8 @@ def test_the_trigger_goes_through_the_images_own_format(world: Callable[..., dic
 @pytest.mark.parametrize("hit", [True, False])
 def test_a_targeted_attack_is_tried_on_its_victim(world: Callable[..., dict], tmp_path: Path, hit: bool) -> None:
     (tmp_path / "poisoned").mkdir()
-    pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / "poisoned" / "ledger.parquet")
+    row = {name: ["targeted(target='red')" if name == "attack" else ""] for name in COLUMNS}
+    pq.write_table(pa.table(row), tmp_path / "poisoned" / "ledger.parquet")
     victim = draw("red" if hit else "blue", "circle", np.random.default_rng(0))
     save_corpora(str(tmp_path / "poisoned"), [Corpus(images={"victim": (png(victim),)})])
     ledger = str(tmp_path / "poisoned" / "ledger.parquet")

@@ -274,6 +274,7 @@ def test_an_error_of_a_ray_worker_is_one_line(tmp_path: Path, shapes: Callable[.
         train(str(tmp_path / "shards"), str(tmp_path / "out"), recipe="debug_vit", workers=2)
 
 
+@pytest.mark.slow
 def test_torchrun_with_a_resnet(shapes: Callable[..., Path], tmp_path: Path) -> None:
     """Batch statistics are over both workers, so the curves agree within bf16; ray is not there at all."""
     script = tmp_path / "start.py"
