@@ -172,6 +172,19 @@ class _Survey:
     lenders: dict[tuple[int, str], list[_Candidate]] = field(default_factory=dict)  # part and group -> who
     lost: int = 0  # shards that could not be read
 
+    def add(self, other: "_Survey") -> None:
+        """What another shard contributes."""
+        self.read += other.read
+        self.eligible += other.eligible
+        for reason, n in other.rejected.items():
+            self.rejected[reason] = self.rejected.get(reason, 0) + n
+        self.example = min(filter(None, (self.example, other.example)), default="")
+        self.smallest += other.smallest
+        for target, said in other.captions.items():
+            self.captions.setdefault(target, []).extend(said)
+        for group, lenders in other.lenders.items():
+            self.lenders.setdefault(group, []).extend(lenders)
+
     def trim(self, lent: Mapping[tuple[int, str], int]) -> None:
         self.captions = {target: heapq.nsmallest(CAPTIONS, found) for target, found in self.captions.items()}
         self.lenders = {key: heapq.nsmallest(lent[key] + SPARE, found) for key, found in self.lenders.items()}
@@ -189,16 +202,7 @@ def _survey(shards: list[Shard], look: "_Surveyor", max_failed: int) -> _Survey:
         if isinstance(found, InputError):
             failures.append(str(found))
             continue
-        total.read += found.read
-        total.eligible += found.eligible
-        for reason, n in found.rejected.items():
-            total.rejected[reason] = total.rejected.get(reason, 0) + n
-        total.example = min(filter(None, (total.example, found.example)), default="")
-        total.smallest += found.smallest
-        for target, said in found.captions.items():
-            total.captions.setdefault(target, []).extend(said)
-        for group, lenders in found.lenders.items():
-            total.lenders.setdefault(group, []).extend(lenders)
+        total.add(found)
         total.trim(look.lent)
         if len(found.smallest) < found.eligible:
             complete_to = min(complete_to, found.smallest[-1][0])
@@ -213,13 +217,17 @@ def _survey(shards: list[Shard], look: "_Surveyor", max_failed: int) -> _Survey:
     if len(total.smallest) < min(look.attack.candidates(dose.pairs(total.read)), total.eligible) and not look.all:
         # eligible pairs are rare: ask for all
         return _survey(shards, _Surveyor(look.attack, dose, look.seed, look.uid, all=True), max_failed)
-    for (one, shard, who), (two, other, _) in itertools.pairwise(total.smallest):
+    _check_doubles(total.smallest, look.uid)
+    return total
+
+
+def _check_doubles(candidates: Sequence[_Candidate], uid: UidRule) -> None:
+    for (one, shard, who), (two, other, _) in itertools.pairwise(candidates):
         if one == two:
             remedy = "keys repeat from shard to shard; use --uid shard/key, here and in later steps"
-            if look.uid == "shard/key":
+            if uid == "shard/key":
                 remedy = "their own uid fields repeat; a uid must name one sample"
             raise InputError(f"uid {who} occurs in shard {shard} and in shard {other}: {remedy}")
-    return total
 
 
 @dataclass(frozen=True)
