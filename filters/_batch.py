@@ -72,6 +72,11 @@ class Batch:
         return Batch(**{name: values[rows] if len(values) else values for name, values in columns.items()})
 
 
+def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """float[n] of row i of one and row i of the other; NaN where either has no direction."""
+    return np.asarray((unit(one) * unit(other)).sum(axis=1))
+
+
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows of length one; a zero row stays NaN, which is the most suspicious score there is."""
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from filters._batch import Batch, unit
+from filters._batch import Batch, cosine
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ class clip_score:
     needs = ("image_embedding", "text_embedding")
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        return -(unit(batch.image_embedding) * unit(batch.text_embedding)).sum(axis=1)
+        return -cosine(batch.image_embedding, batch.text_embedding)

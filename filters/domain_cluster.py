@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from filters._batch import Batch, unit
+from filters._batch import Batch, cosine
 from pipeline.tables import domain
 
 Totals = dict[str, tuple[int, float]]  # by domain: pairs with a value, and the sum of these
@@ -55,8 +55,6 @@ class domain_cluster:
         return np.asarray([shrunk.get(domain(url), usual) for url in batch.url], np.float64)
 
     def _values(self, batch: Batch) -> Iterator[tuple[str, float]]:
-        if self.by == "hash":
-            values = 1 - batch.hash_agrees
-        else:
-            values = 1 - (unit(batch.image_embedding) * unit(batch.text_embedding)).sum(axis=1)
-        return zip(map(domain, batch.url), values.tolist(), strict=True)
+        hashes = self.by == "hash"
+        agreement = batch.hash_agrees if hashes else cosine(batch.image_embedding, batch.text_embedding)
+        return zip(map(domain, batch.url), (1 - agreement).tolist(), strict=True)

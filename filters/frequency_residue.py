@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import BANDS, Batch
+from filters._robust import deviations
 from pipeline.errors import InputError
 
 HIGH = BANDS // 2  # the first of the high bands: half of the highest frequency along an axis
-MAD = 1.4826  # of a normal distribution, in standard deviations
 TINY = 1e-3  # log10: no band counts as surprising at 0.2% more energy
 
 
@@ -31,10 +31,8 @@ class frequency_residue:
             raise InputError(f"frequency_residue: {len(usual)} of the pool's images can be decoded; give --pool more")
         predict = np.linalg.lstsq(_low(usual), usual[:, HIGH:], rcond=None)[0]
         spread = usual[:, HIGH:] - _low(usual) @ predict
-        centre = np.median(spread, axis=0)
-        scale = np.maximum(MAD * np.median(np.abs(spread - centre), axis=0), TINY)
         own = batch.spectrum[:, HIGH:] - _low(batch.spectrum) @ predict
-        return ((own - centre) / scale).max(axis=1)
+        return deviations(own, spread, TINY).max(axis=1)
 
 
 def _low(spectrum: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from filters._batch import Batch, unit
+from filters._batch import Batch, cosine
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class laion_threshold:
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         if self.similarity == "recomputed":
-            return self.cut - (unit(batch.image_embedding) * unit(batch.text_embedding)).sum(axis=1)
+            return self.cut - cosine(batch.image_embedding, batch.text_embedding)
         return np.nan_to_num(self.cut - batch.published_similarity, nan=0.0)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from filters._batch import Batch, unit
+from filters._batch import Batch, cosine
+from filters._robust import deviations
 from pipeline.errors import InputError
 
-MAD = 1.4826  # of a normal distribution, in standard deviations
 TINY = 1e-6
 
 
@@ -32,15 +32,6 @@ class published_similarity:
                 "the published columns into the shards first"
             )
         then = pool.published_similarity[told]
-        usual, now = _cosine(pool)[told], _cosine(batch)
-        drop = _deviations(batch.published_similarity, then) - _deviations(now, usual)
+        usual, now = (cosine(rows.image_embedding, rows.text_embedding) for rows in (pool, batch))
+        drop = deviations(batch.published_similarity, then, TINY) - deviations(now, usual[told], TINY)
         return np.where(np.isnan(now), np.nan, np.where(np.isnan(batch.published_similarity), 0, drop))
-
-
-def _cosine(batch: Batch) -> np.ndarray:
-    return (unit(batch.image_embedding) * unit(batch.text_embedding)).sum(axis=1)
-
-
-def _deviations(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
-    centre = np.median(usual)
-    return (values - centre) / max(MAD * float(np.median(np.abs(usual - centre))), TINY)

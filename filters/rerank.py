@@ -10,6 +10,7 @@ price that web-scale data cannot pay. Ours in this form.
 import hashlib
 import pickle
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,8 +33,7 @@ class rerank:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ValueError("share is that of the pairs to check: 0 < share < 1")
-        for text in (self.detector, self.check):
-            spec.parse("detectors", text)  # says what is wrong with it
+        _ = self._dear  # what is wrong with it is said now
         if self._cheap.__class__ is rerank:
             raise ValueError("the first stage of a rerank cannot be one; let its check be one")
         if "poisoned" in self._cheap.needs:
@@ -41,11 +41,11 @@ class rerank:
                 "the first stage scores the pool, of which no ledger is asked; let the check be the oracle"
             )
 
-    @property
+    @cached_property
     def _cheap(self) -> Any:
         return spec.parse("detectors", self.detector)
 
-    @property
+    @cached_property
     def _dear(self) -> Any:
         return spec.parse("detectors", self.check)
 
@@ -55,8 +55,8 @@ class rerank:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """The cheap detector scores the pool itself, so all that it looks at is there too."""
-        return _union(self._cheap.needs, *(getattr(part, "pools", ()) for part in (self._cheap, self._dear)))
+        """The cheap detector scores the pool itself, so all that it looks at is there too, be it the uids alone."""
+        return _union(("uid",), self._cheap.needs, *(getattr(part, "pools", ()) for part in (self._cheap, self._dear)))
 
     @property
     def k(self) -> int:
@@ -101,7 +101,7 @@ class rerank:
 
     def _cut(self, pool: Batch, summary: Any) -> tuple[float, float]:
         """The score above which a pair is checked, and the probability of that for a pair with this very score."""
-        columns = [pool.uid, *(getattr(pool, name) for name in self.pools)]
+        columns = [getattr(pool, name) for name in self.pools]
         key = hashlib.sha256(pickle.dumps((spec.text(self), columns, summary))).hexdigest()
         if key not in _CUTS:
             scores = _run(self._cheap, pool, pool, summary)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from filters._batch import Batch, unit
+from filters._batch import Batch, cosine
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,5 @@ class similarity_drift:
     needs = ("image_embedding", "text_embedding", "earlier_image_embedding", "earlier_text_embedding")
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        now = unit(batch.image_embedding) * unit(batch.text_embedding)
-        before = unit(batch.earlier_image_embedding) * unit(batch.earlier_text_embedding)
-        return now.sum(axis=1) - before.sum(axis=1)
+        before = cosine(batch.earlier_image_embedding, batch.earlier_text_embedding)
+        return cosine(batch.image_embedding, batch.text_embedding) - before

@@ -29,9 +29,9 @@ from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED
 from pipeline.plan import Dose
 from pipeline.poison import poison
-from pipeline.progress import console
+from pipeline.progress import run_stage
 from pipeline.score import score
-from pipeline.scored import Scored
+from pipeline.scored import Scored, scores_folder
 from pipeline.shard_map import code_digest
 from pipeline.shards import Shard, UidRule, list_shards
 from pipeline.shards.store import absolute, whole, write
@@ -173,24 +173,27 @@ class _Calibration:
         """Poison, train, embed and score."""
         from train.launch import train
 
+        def stage(name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
+            run_stage("calibrate", name, "", verb, *arguments, **options)
+
         model = self.out / "model"
-        _stage("canaries", poison, self.shards, self.canaries, attack=self._attack, dose=self.dose, **self._drawn())
-        _stage("train", train, self.canaries, str(model), recipe=self.recipe, **self._drawn())
+        stage("canaries", poison, self.shards, self.canaries, attack=self._attack, dose=self.dose, **self._drawn())
+        stage("train", train, self.canaries, str(model), recipe=self.recipe, **self._drawn())
         when, before = self.when(), ""
         embedding = {*EMBEDDED, *EARLIER} & {need for text in self.detectors for need in _detector(text).needs}
         for epoch in self.looked():
             embeddings = str(self.out / f"embeddings-{epoch:03d}")
             if embedding:
                 checkpoint = str(model / "checkpoints" / f"epoch_{epoch:03d}")
-                _stage(f"embed epoch {epoch}", embed, self.canaries, embeddings, checkpoint=checkpoint, uid=self.uid)
+                stage(f"embed epoch {epoch}", embed, self.canaries, embeddings, checkpoint=checkpoint, uid=self.uid)
             if epoch in when:
                 folders = {"embeddings": embeddings, "earlier": before or None, "traces": str(model / "traces")}
                 options = {"detector": when[epoch], "pool": self.pool, **folders, **self._drawn()}
-                _stage(f"score epoch {epoch}", score, self.canaries, self.scores(epoch), **options)
+                stage(f"score epoch {epoch}", score, self.canaries, self.scores(epoch), **options)
             before = embeddings
 
     def scores(self, epoch: int) -> str:
-        return str(self.out / f"scores-{epoch:03d}")
+        return str(self.out / scores_folder(epoch))
 
     def table(self) -> tuple[Canaries, list[dict[str, Any]]]:
         """What the choice is made of, and where each score comes from."""
@@ -326,12 +329,6 @@ def _detector(text: str) -> Any:
 
 def _pair(table: Any, *names: str) -> list[list[Any]]:
     return [table.column(name).to_pylist() for name in names]
-
-
-def _stage(name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
-    console.rule(name, align="left")
-    if code := verb(*arguments, **options):
-        raise InputError(f"calibrate: stage {name!r} ended with {code}; the same command goes on from there")
 
 
 if __name__ == "__main__":

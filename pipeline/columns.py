@@ -6,47 +6,59 @@ None, NaN, or not `decoded`.
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from filters._batch import BANDS, SIDE
-from pipeline.facts import NAMES, facts
+from pipeline.facts import NAMES, facts, size_of
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
-from pipeline.shards.image import decode, pixels, prepared
+from pipeline.shards.image import decode, prepared
 from pipeline.tables import METADATA, column, said
 
 SEEN = 224  # pixels a side
 ROUNDING = 1 / 12  # the energy of rounding to whole grey levels; below it there is nothing to see
 
 
+class Look:
+    """A sample whose image is decoded small at most once, whoever asks."""
+
+    def __init__(self, sample: Sample):
+        self.sample = sample
+
+    @cached_property
+    def small(self) -> Image.Image:
+        """Raises Rejected."""
+        return decode(self.sample.image, near=SIDE)
+
+
 @dataclass(frozen=True)
 class _Column:
     """`of` a usable sample; `absent` where that raises Rejected."""
 
-    of: Callable[[Sample], Any]
+    of: Callable[[Look], Any]
     dtype: Any
     absent: Any
 
 
-def _phash(sample: Sample) -> int:
+def _phash(look: Look) -> int:
     from pipeline.published import phash
 
-    return phash(decode(sample.image, near=SIDE))
+    return phash(look.small)
 
 
-def _spectrum(sample: Sample) -> np.ndarray:
+def _spectrum(look: Look) -> np.ndarray:
     """Of the grey image as CLIPs look at it, or smaller: enlarging would leave the upper bands empty.
 
     Bands are rings of equal width around frequency zero, the corners counted with the last.
     """
     from scipy.fft import dctn
 
-    image = decode(sample.image, near=SEEN)
+    image = decode(look.sample.image, near=SEEN)
     size = max(2 * BANDS, min(SEEN, *image.size))
     grey = prepared(image, size).astype(np.float32) @ np.asarray((0.299, 0.587, 0.114), np.float32)
     power = dctn(grey - grey.mean(), norm="ortho") ** 2
@@ -55,43 +67,43 @@ def _spectrum(sample: Sample) -> np.ndarray:
     return np.log10(mean + ROUNDING)
 
 
-def _facts(sample: Sample) -> np.ndarray:
-    found = facts(sample)
+def _facts(look: Look) -> np.ndarray:
+    found = facts(look.sample)
     return np.asarray([found.get(name, np.nan) for name in NAMES], np.float32)
 
 
-def _similarity(sample: Sample) -> float:
-    spec, meta = METADATA["similarity"], sample.meta
+def _similarity(look: Look) -> float:
+    spec, meta = METADATA["similarity"], look.sample.meta
     value = meta.get(column(list(meta), spec.aliases) or "")
     if isinstance(value, int | float) and not isinstance(value, bool) and spec.low <= value <= spec.high:
         return float(value)
     return np.nan
 
 
-def _hash_agrees(sample: Sample) -> float:
+def _hash_agrees(look: Look) -> float:
     for name in ("sha256", "md5"):
-        if published := said(sample.meta, name):
-            return float(published == hashlib.new(name, sample.image, usedforsecurity=False).hexdigest())
+        if published := said(look.sample.meta, name):
+            return float(published == hashlib.new(name, look.sample.image, usedforsecurity=False).hexdigest())
     return np.nan
 
 
-def _size(sample: Sample) -> tuple[int, int]:
-    decode(sample.image, near=1)  # bounds are checked, and damage is found
-    return Image.open(io.BytesIO(sample.image)).size
+def _size(look: Look) -> tuple[int, int]:
+    _ = look.small  # bounds are checked, and damage is found
+    return size_of(look.sample.image)
 
 
 COLUMNS: Mapping[str, _Column] = {
-    "caption": _Column(lambda s: s.caption, object, None),
-    "image": _Column(lambda s: s.image, object, None),
-    "image_sha256": _Column(lambda s: hashlib.sha256(s.image).hexdigest(), object, None),
-    "pixels": _Column(lambda s: pixels(s, SIDE), np.uint8, np.zeros((SIDE, SIDE, 3), np.uint8)),
+    "caption": _Column(lambda look: look.sample.caption, object, None),
+    "image": _Column(lambda look: look.sample.image, object, None),
+    "image_sha256": _Column(lambda look: hashlib.sha256(look.sample.image).hexdigest(), object, None),
+    "pixels": _Column(lambda look: prepared(look.small, SIDE), np.uint8, np.zeros((SIDE, SIDE, 3), np.uint8)),
     "image_hash": _Column(_phash, np.uint64, 0),
-    "decoded": _Column(lambda s: decode(s.image, near=SIDE) is not None, bool, False),
+    "decoded": _Column(lambda look: look.small is not None, bool, False),
     "spectrum": _Column(_spectrum, np.float32, np.full(BANDS, np.nan, np.float32)),
     "facts": _Column(_facts, np.float32, np.full(len(NAMES), np.nan, np.float32)),
     "size": _Column(_size, np.float32, (np.nan, np.nan)),
-    "url": _Column(lambda s: said(s.meta, "url"), object, ""),
-    "language": _Column(lambda s: said(s.meta, "language"), object, ""),
+    "url": _Column(lambda look: said(look.sample.meta, "url"), object, ""),
+    "language": _Column(lambda look: said(look.sample.meta, "language"), object, ""),
     "published_similarity": _Column(_similarity, np.float32, np.nan),
     "hash_agrees": _Column(_hash_agrees, np.float32, np.nan),
 }
@@ -107,18 +119,15 @@ def read_columns(
         if only is not None and sample.uid not in only:
             continue
         who.append(sample.uid)
+        look = Look(sample)
         for name, values in found.items():
             try:
-                values.append(COLUMNS[name].of(sample))
+                values.append(COLUMNS[name].of(look))
             except Rejected:
                 values.append(COLUMNS[name].absent)
     out = {"uid": np.asarray(who, dtype=object)}
     for name, values in found.items():
-        rows = np.empty(len(values), object) if COLUMNS[name].dtype is object else None
-        if rows is not None:
-            rows[:] = values
-        else:
-            empty = np.asarray(COLUMNS[name].absent)
-            rows = np.asarray(values, COLUMNS[name].dtype).reshape(-1, *empty.shape)
-        out[name] = rows
+        out[name] = np.empty((len(values), *np.shape(COLUMNS[name].absent)), COLUMNS[name].dtype)
+        if values:
+            out[name][:] = values
     return out

@@ -54,7 +54,7 @@ def facts(sample: Sample) -> dict[str, float]:
         colours = np.asarray(small).reshape(-1, 3)
         found |= {f"colour.{n}": float(v) for n, v in zip(("red", "green", "blue"), colours.mean(0), strict=True)}
         found["colour.spread"] = float(colours.std())
-        width, height = _size(data)
+        width, height = size_of(data)
         found |= {"size.width": width, "size.height": height, "size.pixels": width * height}
         found["size.bytes_per_pixel"] = len(data) / (width * height)
         if {"width", "height"} <= (meta := sample.meta).keys():
@@ -64,7 +64,7 @@ def facts(sample: Sample) -> dict[str, float]:
     return found
 
 
-def _size(data: bytes) -> tuple[int, int]:
+def size_of(data: bytes) -> tuple[int, int]:
     """Width and height of an image that has been decoded before."""
     return Image.open(io.BytesIO(data)).size
 

@@ -59,7 +59,7 @@ class Inputs:
         for option, folder, (image, text) in folders:
             if {image, text} & set(wanted):
                 found = read_embeddings(embeddings_path(folder, shard.name))
-                rows = _join(who, found.uid)
+                rows = sidecars.rows_of(who, found.uid)
                 if len(who) and (rows < 0).all():
                     raise InputError(
                         f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
@@ -69,12 +69,12 @@ class Inputs:
                 models[option] = found.model
         if set(TRACES) & set(wanted):
             trace = _read_traces(self.traces, shard.name)
-            rows = _join(who, trace["uid"])
+            rows = sidecars.rows_of(who, trace["uid"])
             joined |= {name: _take(trace[name.removesuffix("_trace")], rows) for name in TRACES}
         if content := set(wanted) & COLUMNS.keys():
             content |= {"decoded"} if content & {"pixels", "image_hash"} else set()
             told = read_columns(shard, self.uid, content, set(who))
-            rows = _join(who, told.pop("uid"))
+            rows = sidecars.rows_of(who, told.pop("uid"))
             joined |= {name: values[rows] for name, values in told.items()}
         return Batch(np.asarray(who, dtype=object), **joined), models
 
@@ -101,12 +101,6 @@ def _read_traces(folder: str, shard_name: str) -> dict[str, np.ndarray]:
         values[rows, at] = np.concatenate([t.column(name).to_numpy() for t in tables])
         out[name] = values
     return out
-
-
-def _join(wanted: Sequence[str], have: np.ndarray) -> np.ndarray:
-    """Row of each wanted uid, -1 where there is none."""
-    at = {uid: row for row, uid in enumerate(have)}
-    return np.asarray([at.get(uid, -1) for uid in wanted], np.int64)
 
 
 def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

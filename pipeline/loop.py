@@ -23,9 +23,10 @@ from pipeline.filter import filter_shards
 from pipeline.plan import Dose
 from pipeline.poison import poison
 from pipeline.policies._select import column
-from pipeline.progress import console
+from pipeline.progress import console, run_stage
 from pipeline.quality import quality
 from pipeline.score import read_scores, score, scores_path
+from pipeline.scored import scores_folder
 from pipeline.shards import list_shards
 from pipeline.shards.store import whole
 
@@ -157,7 +158,7 @@ class Run:
         if arm is None:
             return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
         spent = {
-            f"{_scores_name(epoch)}:{name}": value
+            f"{scores_folder(epoch)}:{name}": value
             for epoch in arm.epochs
             for name, value in _marker_seconds(self._scores(epoch), self.plan.shards).items()
             if name not in ("read", "compute", "write", "total", "cpu")
@@ -166,7 +167,7 @@ class Run:
         seconds = cpu = sum(spent[name] for name in names)
         stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}")]
         for epoch in arm.epochs:
-            read = [name.partition(":")[2] for name in names if name.startswith(f"{_scores_name(epoch)}:")]
+            read = [name.partition(":")[2] for name in names if name.startswith(f"{scores_folder(epoch)}:")]
             if any({"image_embedding", "text_embedding"} & set(spec.parse("detectors", name).needs) for name in read):
                 stages.append(self._embeddings(epoch))
         for stage in stages:
@@ -182,12 +183,11 @@ class Run:
         return str(self.folder / f"embeddings-{epoch:03d}")
 
     def _scores(self, epoch: int) -> str:
-        return str(self.folder / _scores_name(epoch))
+        return str(self.folder / scores_folder(epoch))
 
     def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
-        console.rule(f"{name}  ({self.attack}, dose {self.dose}, seed {self.seed})", align="left")
-        if code := verb(*arguments, uid=self.plan.uid, **options):
-            raise InputError(f"loop: stage {name!r} ended with {code}; the same command goes on from there")
+        about = f"  ({self.attack}, dose {self.dose}, seed {self.seed})"
+        run_stage("loop", name, about, verb, *arguments, uid=self.plan.uid, **options)
 
 
 def _folder(plan: Config, attack: str, dose: str, seed: int, out: str) -> Path:
@@ -195,10 +195,6 @@ def _folder(plan: Config, attack: str, dose: str, seed: int, out: str) -> Path:
     name = spec.parse_call(attack)[0]
     facts = spec.digest([attack, dose, plan.shards, plan.recipe, plan.uid])
     return Path(out).absolute() / f"{name}-{dose.replace('%', 'percent')}-{facts}-seed{seed}"
-
-
-def _scores_name(epoch: int) -> str:
-    return f"scores-{epoch:03d}"
 
 
 def _arm_name(policy: str) -> str:
@@ -237,7 +233,7 @@ def _check(plan: Config) -> None:
         scored[scores.epoch] = [spec.text(spec.parse("detectors", d)) for d in scores.detectors]
     for arm in plan.filters:
         for detector in _read_by(arm.policy):
-            column([f"{_scores_name(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
+            column([f"{scores_folder(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
 
 
 def _marker_seconds(folder: str, shards: str) -> dict[str, float]:

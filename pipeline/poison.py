@@ -93,13 +93,15 @@ class _Poison:
     def __call__(self, shard: Shard, out: str, by_shard: dict[str, set[str]], corpora: Sequence[Corpus]) -> Counts:
         chosen = by_shard.get(shard.name, set())
         rows: list[dict[str, Any]] = []
+        parts = self.attack.parts()
+        named = [(spec.text(part), spec.key(part)) for part in parts]
 
         def edit(sample: Sample) -> Sample:
             if sample.uid not in chosen:
                 return sample
-            part, corpus = self.attack.parts()[i := self.attack.part_of(sample.uid)], corpora[i]
-            text = spec.text(part)
-            after = part.poison(sample, generator(self.seed, spec.key(part), sample.uid), corpus)
+            i = self.attack.part_of(sample.uid)
+            part, (text, key) = parts[i], named[i]
+            after = part.poison(sample, generator(self.seed, key, sample.uid), corpora[i])
             values = (
                 sample.uid,
                 shard.name,

@@ -1,14 +1,24 @@
 """Progress of long work: a live bar in a terminal, a line every ten seconds in a log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.errors import InputError
+
 console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
 LOG_EVERY = 10.0
+
+
+def run_stage(job: str, name: str, about: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
+    """Another verb as a stage of a job that is resumed by the same command. Raises InputError where it fails."""
+    console.rule(f"{name}{about}", align="left")
+    if code := verb(*arguments, **options):
+        raise InputError(f"{job}: stage {name!r} ended with {code}; the same command goes on from there")
 
 
 class _Meter:
@@ -31,8 +41,10 @@ class _Meter:
 
     def rate(self) -> str:
         """Nothing of what counts no samples, such as trainings."""
-        seconds = max(time.monotonic() - self.begin, 1e-9)
-        return f" shards, {self.samples / seconds:,.0f} samples/s" if self.samples else ""
+        return f" shards, {self.pace()}" if self.samples else ""
+
+    def pace(self) -> str:
+        return f"{self.samples / max(time.monotonic() - self.begin, 1e-9):,.0f} samples/s"
 
 
 @contextmanager
@@ -46,5 +58,5 @@ def meter(label: str, total: int) -> Iterator[_Meter]:
         yield (counter := _Meter(label, total, None))
     seconds = time.monotonic() - counter.begin
     what = f" shards, {counter.samples:,} samples" if counter.samples else ""
-    pace = f", {counter.samples / max(seconds, 1e-9):,.0f} samples/s" if counter.samples else ""
+    pace = f", {counter.pace()}" if counter.samples else ""
     console.print(f"{label}: {counter.done}{what} in {seconds:.1f} s{pace}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.policies._select import keys
+from pipeline.policies._select import keys, share_of
 from train.metrics import wilson
 
 BUDGETS = (0.1, 1, 5, 10)  # percent removed
@@ -41,7 +41,7 @@ def quality(scores: np.ndarray, uids: np.ndarray, poisoned: np.ndarray) -> dict[
     few = max(1, int(n * FEW / 1e6))
     row["precision_at_100ppm"] = float(found_by[few - 1] / few)
     for percent in BUDGETS:
-        removed = int(n * percent / 100 + 1e-6)
+        removed = share_of(percent / 100, n)
         found = int(found_by[removed - 1]) if removed else 0
         low, high = wilson(found, hits)
         row |= {f"recall_at_{percent}": found / hits}

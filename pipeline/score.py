@@ -66,11 +66,11 @@ def score(
     known = None
     if "poisoned" in needs:
         known = poisoned_uids(ledger or beside(listed))
-    comparing = [entry for entry in entries if hasattr(entry, "pools")]
+    comparing = [entry for entry in entries if getattr(entry, "pools", ())]
     columns = {column for entry in comparing for column in entry.pools}
-    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if comparing else None
+    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if columns else None
     for entry in comparing:
-        if reference and entry.pools and not 0 < getattr(entry, "k", 1) < len(reference.rows):
+        if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(
                 f"{spec.text(entry)}: k must be between 1 and the pool's {len(reference.rows)} rows less one"
             )

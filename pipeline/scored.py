@@ -26,6 +26,11 @@ from pipeline.tables import domain
 SOURCES = {"caption": "caption", "domain": "url"}  # group -> the column of the samples that it comes from
 
 
+def scores_folder(epoch: int) -> str:
+    """What jobs that score at several epochs call the folder of one."""
+    return f"scores-{epoch:03d}"
+
+
 @dataclass(frozen=True)
 class Scored:
     """Folders of scores of the same shards, and the folder of groups ("": none needed)."""
@@ -61,12 +66,12 @@ class Scored:
         for folder, path in zip(self.folders, self.paths(shard_name), strict=True):
             found = read_scores(path)
             uid = found.pop("uid")
-            rows = _rows(out.setdefault("uid", uid), uid)
+            rows = sidecars.rows_of(out.setdefault("uid", uid), uid)
             for name, values in found.items():
                 out[f"{self.called(folder)}:{name}"] = np.where(rows < 0, np.float32(np.nan), values[rows])
         if self.groups:
             found = _read_groups(self.groups, shard_name)
-            rows = _rows(out["uid"], found.pop("uid"))
+            rows = sidecars.rows_of(out["uid"], found.pop("uid"))
             if (rows < 0).any():
                 raise InputError(f"{self.paths(shard_name)[0]}: has pairs that the shard lacks; score it again")
             out |= {name: values[rows] for name, values in found.items()}
@@ -124,11 +129,3 @@ def groups_path(folder: str, shard_name: str) -> str:
 def _read_groups(folder: str, shard_name: str) -> dict[str, np.ndarray]:
     table = sidecars.read(groups_path(folder, shard_name), ("uid",), "run the filter again")
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
-
-
-def _rows(wanted: np.ndarray, have: np.ndarray) -> np.ndarray:
-    """Row of each wanted uid, -1 where there is none."""
-    if np.array_equal(wanted, have):
-        return np.arange(len(have))
-    at = {uid: row for row, uid in enumerate(have)}
-    return np.asarray([at.get(uid, -1) for uid in wanted], np.int64)

@@ -1,6 +1,9 @@
 """The parquet files beside the shards: read with an error that says what is wrong, written absent or whole."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.shards.store import exists, view, whole
@@ -62,3 +65,9 @@ def save(path: str, table: Any, **options: Any) -> None:
 
     with whole(path) as file:
         pq.write_table(table, pa.PythonFile(file, "w"), **options)
+
+
+def rows_of(wanted: Iterable[str], have: np.ndarray) -> np.ndarray:
+    """int64[n]: the row of each wanted uid, -1 where there is none; nothing is joined by position."""
+    at = {uid: row for row, uid in enumerate(have)}
+    return np.asarray([at.get(uid, -1) for uid in wanted], np.int64)

@@ -10,6 +10,7 @@ from pipeline import ledger, report, spec
 from pipeline.config import Config
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
+from pipeline.scored import scores_folder
 from pipeline.shards import Rejected, Sample, list_shards, samples
 from pipeline.shards.store import write
 
@@ -105,7 +106,7 @@ def _shown(plan: Config) -> list[tuple[int, str]]:
     named = []
     for arm in plan.filters:
         there = {
-            f"scores-{scored.epoch:03d}:{name}": (scored.epoch, name)
+            f"{scores_folder(scored.epoch)}:{name}": (scored.epoch, name)
             for scored in plan.scores
             if scored.epoch in arm.epochs
             for name in (spec.text(spec.parse("detectors", text)) for text in scored.detectors)

@@ -8,7 +8,7 @@ import sys
 
 import polars as pl
 
-from pipeline.spec import parse_call
+from pipeline import spec
 from train.metrics import wilson
 
 MEASURES = {"recall_at_10": "recall at 10% removed", "recall_at_1": "recall at 1% removed", "auroc": "AUROC"}
@@ -51,10 +51,7 @@ def _cell(part: pl.DataFrame, measure: str) -> str:
 
 def _short(detector: str) -> str:
     """The spec without what is as by default in most of them."""
-    from pipeline import spec
-
-    name, values = parse_call(detector)
-    return spec.key(spec.parse("detectors", detector)).removesuffix("()") if values else name
+    return spec.key(spec.parse("detectors", detector)).removesuffix("()")
 
 
 if __name__ == "__main__":

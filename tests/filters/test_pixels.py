@@ -13,7 +13,7 @@ from PIL import Image
 from filters import cognitive_distillation as module
 from filters._batch import BANDS, Batch
 from pipeline import spec
-from pipeline.columns import COLUMNS
+from pipeline.columns import COLUMNS, Look
 from pipeline.errors import InputError
 from pipeline.facts import NAMES
 from pipeline.shards import Sample
@@ -54,7 +54,7 @@ def stored(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
 
 
 def spectrum(image: bytes) -> np.ndarray:
-    return COLUMNS["spectrum"].of(Sample("", "", {"png": image}))
+    return COLUMNS["spectrum"].of(Look(Sample("", "", {"png": image})))
 
 
 def test_pasted_patches_stand_out_in_the_high_frequencies():
@@ -100,7 +100,8 @@ def test_a_pool_without_pictures_is_an_error():
 
 
 def facts(image: bytes, suffix: str, json: bytes) -> np.ndarray:
-    return COLUMNS["facts"].of(Sample("", "", {suffix: image, "txt": b"a caption of some words", "json": json}))
+    sample = Sample("", "", {suffix: image, "txt": b"a caption of some words", "json": json})
+    return COLUMNS["facts"].of(Look(sample))
 
 
 def test_pairs_that_were_written_otherwise_are_outliers():
