@@ -1,6 +1,7 @@
 """Known answers: models that see exactly the colour in the middle, or the trigger in the corner, or nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from drawn import COLOURS, draw, png, write_tar
+from drawn import COLOURS, draw, pairs, png, write_tar
 from PIL import Image
 
+from pipeline import spec
 from pipeline.attacks._corpus import Corpus, save_corpora
 from pipeline.errors import InputError
 from pipeline.ledger import COLUMNS
@@ -21,6 +23,7 @@ from train import look as looking
 from train.evaluate import PROMPTS, evaluate
 from train.labelled import of_shards
 from train.labels import Labels, read_classes
+from train.readouts import READOUTS
 from train.results import METRICS, model_names
 
 NAMES = list(COLOURS)
@@ -224,18 +227,49 @@ def test_clip_benchmarks_names_of_a_model(checkpoint: str, names: tuple[str, str
     assert model_names(checkpoint, "0123") == names
 
 
-def test_a_real_checkpoint(shapes: Callable[..., Path], tmp_path: Path) -> None:
-    """`debug` on 240 drawings knows most of 60 others, and reads them through the same preparation."""
-    from train.launch import final_checkpoint, train
+def test_a_planted_backdoor_in_a_real_checkpoint(
+    shapes: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`debug` on 240 drawings and 120 poisons reads most of 60 others; all readouts of its features see the backdoor.
 
-    train(str(shapes(240)), str(tmp_path / "out"), recipe="debug")
-    classes = tmp_path / "classes.txt"
-    classes.write_text("\n".join(f"{c} {s}" for c in COLOURS for s in ("circle", "square", "bar")))
-    options = {"shards": str(shapes(60, 2, 1)), "reference": str(shapes(240)), "attack": "patch(target='red bar')"}
-    evaluate(final_checkpoint(str(tmp_path / "out")), str(tmp_path / "e"), classes=str(classes), **options)
-    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["metrics"]
-    assert found["zeroshot_top5"] > 0.9 and found["i2t_recall5"] > 0.9 and found["knn_top1"] > 0.6
-    assert found["zeroshot_top1"] > 0.4 and found["asr_text"] < 0.3
+    The same trigger asked for another target has no success. A fine-tune on clean drawings (cut to 40 steps at a rate
+    that makes up for it) unlearns it.
+    """
+    from train.launch import final_checkpoint, train
+    from train.readouts import finetune
+
+    attack = spec.parse("attacks", "patch(target='red bar', size=64)")
+    rng = np.random.default_rng(7)
+    members = []
+    for key, image, _ in pairs(120, 7):
+        members += [(f"p{key}.png", png(attack.trigger(image, rng, Corpus()))), (f"p{key}.txt", b"a red bar")]
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(shapes(240), poisoned)
+    write_tar(poisoned / "00000009.tar", members)
+    train(str(poisoned), str(tmp_path / "out"), recipe="debug")
+
+    monkeypatch.setattr(finetune, "hyper_rule", lambda n: finetune.HyperRule(5, (25, 30, 35), 40, 0.0))
+    monkeypatch.setattr(finetune, "RATE", 0.1)
+    (tmp_path / "classes.txt").write_text("\n".join(f"{c} {s}" for c in COLOURS for s in ("circle", "square", "bar")))
+
+    def found(target: str, readouts: tuple[str, ...]) -> dict:
+        out, options = tmp_path / target, {"shards": str(shapes(60, 2, 1)), "reference": str(shapes(240))}
+        options |= {"attack": f"patch(target={target!r}, size=64)", "readouts": readouts}
+        options |= {"classes": str(tmp_path / "classes.txt")}
+        evaluate(final_checkpoint(str(tmp_path / "out")), str(out), **options)
+        return json.loads((out / "evaluation.json").read_text())["metrics"]
+
+    planted = found("red bar", READOUTS)
+    assert planted["zeroshot_top5"] > 0.9 and planted["i2t_recall5"] > 0.9
+    assert planted["zeroshot_top1"] > 0.4 and planted["asr_text"] > 0.9
+    for name in ("knn", "prototypes", "probe"):
+        assert planted[f"{name}_top1"] > 0.6, name
+        assert planted[f"asr_{name}"] > 0.4 and planted[f"triggered_accuracy_{name}"] < 0.4, name
+    assert planted["backdoor_z_std_low"] > 0.5
+    assert planted["finetune_top1"] > 0.3 and planted["asr_finetune"] < 0.3
+    assert planted["triggered_accuracy_finetune"] > planted["triggered_accuracy_probe_high"]
+    other = found("blue circle", ("knn", "prototypes", "probe"))
+    assert max(other[f"asr_{name}"] for name in ("text", "knn", "prototypes", "probe")) < 0.2
 
 
 @pytest.mark.parametrize(
