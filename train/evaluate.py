@@ -122,8 +122,11 @@ def _evaluated(
 
     text = features(prompts)
     near = look(model, task.train(), task.captioned) if task.train and readouts else None
-    if near is not None and not (near.label >= 0).any():
-        raise InputError(f"{task.name}: no image that readouts could be fitted on is labelled with one of its classes")
+    if near is not None and (shown := len(np.unique(near.label[near.label >= 0]))) < 2:
+        raise InputError(
+            f"{task.fitted_on}: readouts are fitted on images of at least two of the {len(task.classes)} classes; "
+            f"{shown} there; give others, or no readouts"
+        )
     answers: dict[str, Answers] = {}
     for name in dict.fromkeys(readouts) if near else ():
         if name == "finetune":

@@ -42,13 +42,15 @@ Images = Callable[[], Iterator[tuple[Sample, int]]]  # each call begins anew; -1
 class LabelledSet:
     """`test` is reported; readouts are fitted on `train`, where there is one. `captioned`: retrieval can be asked too.
 
-    `mirror`: whether a mirrored image is of the same class still, which fine-tuning wants to know.
+    `mirror`: whether a mirrored image is of the same class still, which fine-tuning wants to know. `fitted_on` names
+    where `train` comes from.
     """
 
     name: str
     classes: tuple[str, ...]
     test: Images
     train: Images | None = None
+    fitted_on: str = ""
     captioned: bool = False
     mirror: bool = True
 
@@ -61,7 +63,7 @@ def of_shards(shards: str, classes: Sequence[str], reference: str | None, uid: U
         return lambda: ((sample, _told(known, sample)) for shard in listed for sample in samples(shard, uid))
 
     train = images(list_shards(reference)) if reference else None
-    return LabelledSet(shards, tuple(classes), images(list_shards(shards)), train, captioned=True)
+    return LabelledSet(shards, tuple(classes), images(list_shards(shards)), train, reference or "", captioned=True)
 
 
 def labelled_set(where: str, uid: UidRule = "key") -> LabelledSet:
@@ -123,7 +125,7 @@ def _of(where: str, parts: Sequence[_Part], names: tuple[str, ...], mirror: bool
         train, test = (images(part, lambda _: True) for part in parts)
     else:
         train, test = images(parts[0], lambda sample: not _reported(sample)), images(parts[0], _reported)
-    return LabelledSet(where, classes, test, train, mirror=mirror)
+    return LabelledSet(where, classes, test, train, where, mirror=mirror)
 
 
 def _reported(sample: Sample) -> bool:

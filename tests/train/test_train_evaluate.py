@@ -215,6 +215,16 @@ def test_clip_benchmark_reads_its_json(world: Callable[..., dict], coloured: str
     )
 
 
+def test_readouts_cannot_be_fitted_on_one_class(world: Callable[..., dict], tmp_path: Path) -> None:
+    image = png(draw("red", "bar", np.random.default_rng(0)))
+    write_tar(tmp_path / "red" / "0.tar", [("a.png", image), ("a.txt", b"red"), ("b.png", image), ("b.txt", b"red")])
+    with pytest.raises(
+        InputError, match="red: readouts are fitted on images of at least two of the 4 classes; 1 there"
+    ):
+        world(Oracle(), reference=str(tmp_path / "red"))
+    assert world(Oracle(), reference=str(tmp_path / "red"), readouts=())["metrics"]["knn_top1"] is None
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "names"),
     [
