@@ -6,7 +6,7 @@ cost seconds run unasked; the probe and the fine-tune are asked for.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from train.readouts import ReadoutName, readout
 from train.results import benchmark_tasks, columns, model_names, print_table, slug, write_rows
 from train.success import on_victims, success, together
 
+BLOCK = 8192  # images whose scores are in memory at once
 # For models that are not ours: the name alone, and open_clip's ImageNet templates that suit drawings and photographs.
 PROMPTS = ("{}", "a {}.", "a picture of a {}.", "a drawing of a {}.", "a photo of a {}.", "an icon of a {}.")
 
@@ -95,9 +96,10 @@ class Evaluated(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A readout's scores, float [n, classes], of the images as they are and triggered; `strength` is the probe's C."""
+    """What a readout makes of n images: the rank of the true class, int[n], where there is one (0 is top-1), and the
+    class that a triggered image is taken for, int[n]. `strength` is the probe's C."""
 
-    clean: np.ndarray
+    rank: np.ndarray
     triggered: np.ndarray | None
     strength: float | None = None
 
@@ -112,7 +114,10 @@ def _evaluated(
 ) -> Evaluated:
     from train.data import listed
 
-    seen = look(model, task.test(), task.captioned, attack, seed, corpora)
+    def looked(model: Any) -> Seen:
+        return look(model, task.test(), task.captioned, attack, seed, corpora)
+
+    seen = looked(model)
     if not seen.captions:
         raise InputError(f"{task.name}: no usable image; skipped: {listed(seen.skipped)}")
     known, prompts = Labels(task.classes), model.prompts or PROMPTS
@@ -121,52 +126,59 @@ def _evaluated(
         return unit(class_features(model, task.classes, prompts))
 
     text = features(prompts)
-    near = look(model, task.train(), task.captioned) if task.train and readouts else None
-    if near is not None and (shown := len(np.unique(near.label[near.label >= 0]))) < 2:
-        raise InputError(
-            f"{task.fitted_on}: readouts are fitted on images of at least two of the {len(task.classes)} classes; "
-            f"{shown} there; give others, or no readouts"
-        )
+    zeroshot = _answers(lambda rows: rows @ text.T, seen)
+    near = _near(model, task) if task.train and readouts else None
     answers: dict[str, Answers] = {}
     for name in dict.fromkeys(readouts) if near else ():
-        if name == "finetune":
-            answers[name] = _tuned(task, model, attack, seed, corpora)
-        else:
-            answers[name] = _fitted(name, seen, near, len(task.classes))
-    rates = measure(seen, text, model, {name: answer.clean for name, answer in answers.items()}, task.captioned)
+        if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
+            answers[name] = _answers(lambda logits: logits, looked(_tuned(task, model, seed)))
+        elif near:
+            fitted = readout(name).fit(*near, len(task.classes))
+            answers[name] = _answers(fitted.scores, seen, getattr(fitted, "strength", None))
+    named = seen.label >= 0
+    ranks = {name: answer.rank[named] for name, answer in {"zeroshot": zeroshot, **answers}.items()}
+    rates = measure(seen, ranks, model, task.captioned)
     if attack:
-        taken = {name: top1(answer.triggered) for name, answer in answers.items() if answer.triggered is not None}
+        taken = {name: answer.triggered for name, answer in answers.items() if answer.triggered is not None}
         rates |= success(seen, attack, model, known, taken, prompts, features)
         rates |= together(seen, attack, known)
         if task.captioned:
             rates |= on_victims(model, attack, corpora, text, known)
-    named = seen.label >= 0
-    probe = answers.get("probe")
-    scores = probe.clean[named] if probe else None
-    strength = probe.strength if probe else None
-    benchmark = benchmark_tasks(rates, seen.image[named] @ text.T, scores, strength, seen.label[named])
+    strength = answers["probe"].strength if "probe" in answers else None
+    benchmark = benchmark_tasks(rates, ranks, seen.label[named], len(task.classes), strength)
     facts = {"images": len(seen.label), "unlabelled": int((~named).sum()), "skipped": seen.skipped}
-    facts |= {"fitted_on": int((near.label >= 0).sum()) if near else 0, "probe_strength": strength}
+    facts |= {"fitted_on": len(near[1]) if near else 0, "probe_strength": strength}
     return Evaluated(rates, benchmark, facts)
 
 
-def _fitted(name: ReadoutName, seen: Seen, near: Seen | None, classes: int) -> Answers:
-    assert near is not None
-    named = near.label >= 0
-    fitted = readout(name).fit(near.image[named], near.label[named], classes)
-    triggered = fitted.scores(seen.triggered) if seen.triggered is not None else None
-    return Answers(fitted.scores(seen.image), triggered, getattr(fitted, "strength", None))
+def _near(model: Any, task: LabelledSet) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of the labelled images of the training part."""
+    assert task.train is not None
+    found = look(model, task.train(), task.captioned)
+    named = found.label >= 0
+    if (shown := len(np.unique(found.label[named]))) < 2:
+        raise InputError(
+            f"{task.fitted_on}: readouts are fitted on images of at least two of the {len(task.classes)} classes; "
+            f"{shown} there; give others, or no readouts"
+        )
+    return found.image[named], found.label[named]
 
 
-def _tuned(task: LabelledSet, model: Any, attack: Attack | None, seed: int, corpora: Sequence[Corpus]) -> Answers:
-    """The same images looked at again, with the tower that was fine-tuned: its rows are logits."""
+def _answers(scores: Callable[[np.ndarray], np.ndarray], seen: Seen, strength: float | None = None) -> Answers:
+    """Of scores [b, classes] of rows [b, d]; in blocks, since of many classes they take more room than the features."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(seen.label), BLOCK)]
+    rank = np.concatenate([rank_of(scores(seen.image[block]), seen.label[block]) for block in blocks])
+    if seen.triggered is None:
+        return Answers(rank, None, strength)
+    return Answers(rank, np.concatenate([top1(scores(seen.triggered[block])) for block in blocks]), strength)
+
+
+def _tuned(task: LabelledSet, model: Any, seed: int) -> Any:
     from train.readouts.finetune import finetune, margin
 
     assert task.train is not None
     images, labels = pictures(task.train(), margin(model.image_size))
-    tuned = finetune(model, images, labels, len(task.classes), task.mirror, seed)
-    again = look(tuned, task.test(), task.captioned, attack, seed, corpora)
-    return Answers(again.image, again.triggered)
+    return finetune(model, images, labels, len(task.classes), task.mirror, seed)
 
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
@@ -175,21 +187,16 @@ def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> 
     return np.stack(prompted).mean(axis=0, dtype=np.float32)
 
 
-def measure(
-    seen: Seen, text: np.ndarray, model: Any, answers: dict[str, np.ndarray], captioned: bool
-) -> dict[str, Rate | Score]:
-    """What the model knows of clean images. `text` [classes, d] has unit rows, `answers` each readout's scores."""
-    rates: dict[str, Rate | Score] = {}
-    named = seen.label >= 0
-    truth = seen.label[named]
-    ranks = rank_of(seen.image[named] @ text.T, truth)
-    rates["zeroshot_top1"], rates["zeroshot_top5"] = rate(ranks < 1), rate(ranks < 5)
+def measure(seen: Seen, ranks: Mapping[str, np.ndarray], model: Any, captioned: bool) -> dict[str, Rate | Score]:
+    """What the model knows of clean images. `ranks` has each readout's rank of the true class of the labelled ones."""
+    rates: dict[str, Rate | Score] = {f"{name}_top1": rate(rank < 1) for name, rank in ranks.items()}
+    rates["zeroshot_top5"] = rate(ranks["zeroshot"] < 5)
     if captioned:
         unique, caption = np.unique(np.array(seen.captions, dtype=object), return_inverse=True)
         of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
         for k in (1, 5, 10):
             rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
-    return rates | {f"{name}_top1": rate(top1(scores[named]) == truth) for name, scores in answers.items()}
+    return rates
 
 
 def _sets(

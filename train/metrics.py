@@ -83,12 +83,11 @@ def retrieval_ranks(image: np.ndarray, text: np.ndarray, caption: np.ndarray, bl
     return image_rank, text_rank
 
 
-def mean_per_class_recall(scores: np.ndarray, truth: np.ndarray) -> float | None:
-    """The mean over the classes that occur of the share of each that is top-1; null where none occurs."""
+def mean_per_class_recall(ranks: np.ndarray, truth: np.ndarray) -> float | None:
+    """The mean over the classes that occur of the share of each with rank 0 (int[n]); null where none occurs."""
     if len(truth) == 0:
         return None
-    hits = np.bincount(truth, rank_of(scores, truth) < 1)
-    n = np.bincount(truth)
+    hits, n = np.bincount(truth, ranks == 0), np.bincount(truth)
     return float((hits[n > 0] / n[n > 0]).mean())
 
 

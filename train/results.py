@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.progress import console
 from pipeline.shards.store import whole
-from train.metrics import Rate, Score, mean_per_class_recall, rank_of, rate
+from train.metrics import Rate, Score, mean_per_class_recall, rate
 from train.readouts import READOUTS
 
 METRICS = (
@@ -85,30 +85,29 @@ def model_names(checkpoint: str, digest: str) -> tuple[str, str]:
 
 
 def benchmark_tasks(
-    found: Measured, zeroshot: np.ndarray, probe: np.ndarray | None, strength: float | None, truth: np.ndarray
+    found: Measured, ranks: Mapping[str, np.ndarray], truth: np.ndarray, classes: int, strength: float | None
 ) -> dict[str, dict[str, Any]]:
     """CLIP_benchmark 1.6's tasks -> its metrics, each rate followed by `_n`, `_low` and `_high`.
 
-    zeroshot and probe are scores [n, classes] of the labelled images, truth int[n]. As there, acc5 is of at least five
-    classes, null below. Its retrieval counts a caption that several images share once for each; ours once.
+    `ranks` int[n] are those of the true class truth int[n], by readout. As there, acc5 is of at least five classes,
+    null below. Its retrieval counts a caption that several images share once for each; ours once.
     """
     tasks: dict[str, dict[str, Any]] = {}
     if len(truth):
-        tasks["zeroshot_classification"] = _classified("", zeroshot, truth)
+        tasks["zeroshot_classification"] = _classified("", ranks["zeroshot"], truth, classes)
     if "i2t_recall5" in found:
         recalls = (("image", "t2i"), ("text", "i2t"))
         pairs = [(f"{side}_retrieval_recall@{k}", f"{ours}_recall{k}") for side, ours in recalls for k in (1, 5, 10)]
         tasks["zeroshot_retrieval"] = {k: v for name, ours in pairs for k, v in _benchmarked(name, found[ours]).items()}
-    if probe is not None and len(truth):
-        tasks["linear_probe"] = _classified("lp_", probe, truth) | {"C": strength}
+    if "probe" in ranks and len(truth):
+        tasks["linear_probe"] = _classified("lp_", ranks["probe"], truth, classes) | {"C": strength}
     return tasks
 
 
-def _classified(prefix: str, scores: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    ranks = rank_of(scores, truth)
-    five = rate(ranks < 5) if scores.shape[1] >= 5 else NOTHING
+def _classified(prefix: str, ranks: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, Any]:
+    five = rate(ranks < 5) if classes >= 5 else NOTHING
     rates = _benchmarked(f"{prefix}acc1", rate(ranks < 1)) | _benchmarked(f"{prefix}acc5", five)
-    return rates | {f"{prefix}mean_per_class_recall": mean_per_class_recall(scores, truth)}
+    return rates | {f"{prefix}mean_per_class_recall": mean_per_class_recall(ranks, truth)}
 
 
 def _benchmarked(name: str, value: Rate | Score) -> dict[str, Any]:

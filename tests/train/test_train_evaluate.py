@@ -177,6 +177,13 @@ def test_a_labelled_set_is_a_row_of_its_own(world: Callable[..., dict], coloured
     assert table["knn_top1"].to_pylist() == [None, 1.0]
 
 
+def test_blocks_change_no_answer(world: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"attack": "patch(target='red', size=24)", "reference": world.shards}
+    at_once = world(Oracle("red"), **options)["metrics"]
+    monkeypatch.setattr(module, "BLOCK", 7)
+    assert world(Oracle("red"), **options)["metrics"] == at_once
+
+
 def test_a_labelled_set_alone_and_without_the_target(
     coloured: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
