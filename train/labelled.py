@@ -113,10 +113,10 @@ def _of(where: str, parts: Sequence[_Part], names: tuple[str, ...], mirror: bool
     index = {key(name): i for i, name in enumerate(classes)}
     if len(index) < len(classes):
         raise InputError(f"{where}: two classes differ in capitals or spaces only; rename or join them")
-    if not all(key(label) in index for label in labels):  # then they are numbers of the names
-        index = {str(i): i for i in range(len(names))}
-        if not any(label in index for label in labels):
-            raise InputError(f"{where}: the labels there are neither names in {NAMES_FILE} nor their numbers")
+    if all(label.isdecimal() for label in labels) and not all(key(label) in index for label in labels):
+        index = {str(i): i for i in range(len(classes))}
+    if not any(key(label) in index for label in labels):
+        raise InputError(f"{where}: the labels there are neither names in {NAMES_FILE} nor their numbers")
 
     def images(part: _Part, keep: Callable[[Sample], bool]) -> Images:
         return lambda: ((sample, index.get(key(text), -1)) for sample, text in part.images() if keep(sample))

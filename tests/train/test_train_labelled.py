@@ -109,6 +109,7 @@ def test_a_split_that_is_there_is_kept(tmp_path: Path) -> None:
 
 
 def shards(folder: Path, labels: list[str], field: str = "cls") -> Path:
+    """A tar of drawings, with a member of each label and no caption."""
     rng = np.random.default_rng(0)
     members = []
     for i, label in enumerate(labels):
@@ -130,6 +131,13 @@ def test_labels_in_shards_name_the_classes(tmp_path: Path) -> None:
     found = labelled_set(str(shards(tmp_path / "s", ["dog", "cat"] * 20)))
     assert found.classes == ("cat", "dog")
     check_split(found, 40)
+
+
+def test_a_label_that_is_no_class_is_counted_as_unlabelled(tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_text("Dog\ncat\n")
+    found = labelled_set(str(shards(tmp_path, ["dog", "cat", "??"] * 10)))
+    both = listed(found.train) + listed(found.test)
+    assert sorted(label for _, label in both) == [-1] * 10 + [0] * 10 + [1] * 10
 
 
 @pytest.mark.parametrize(
