@@ -8,6 +8,7 @@ many: they are found once for all shards. Nothing else of a run is known to it. 
 it reads besides (scores are made anew when they change), and `gpu`, whether it is worth one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,10 +24,20 @@ def _absent() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Of a pool: `digest` tells it from any other; `probes` is how many inverted lists a search looks at, 0 at all."""
+    """How neighbours are looked for, the same in all shards of a run: at least `k` of each row.
 
-    digest: str = ""
+    Of a pool also: `digests`, of its uids and of each of its columns, which tell it from any other; `probes`, how many
+    inverted lists a search looks at, 0 for all rows.
+    """
+
+    k: int = 0
+    digests: tuple[tuple[str, str], ...] = ()
     probes: int = 0
+
+    def digest(self, columns: Iterable[str]) -> list[str]:
+        """Of the uids and of these columns."""
+        known = dict(self.digests)
+        return [known["uid"], *(known[name] for name in columns)]
 
 
 @dataclass(frozen=True)

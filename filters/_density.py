@@ -54,6 +54,14 @@ class Density:
         rows = placed(len(batch), self.size, len(columns(self.of))).row
         return distance[rows], index[rows]
 
+    def floor(self, theirs: np.ndarray) -> float:
+        """The least k-distance that a pair is compared with: of a heap of copies it is 0, and a ratio to it endless.
+
+        A thousandth of the references' median, so that a ratio ends where the authors' code cuts it off, at 1000.
+        """
+        usual = theirs[:, -1][np.isfinite(theirs[:, -1])]
+        return max(float(np.median(usual)) / 1000, TINY) if len(usual) else TINY
+
     def theirs(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         """Distances [m, k] of the references to their own nearest."""
         if self.reference == "pool" and pool is not None:

@@ -1,9 +1,9 @@
 """Nearest neighbours: the one engine of all density and neighbour detectors.
 
-Trade-off: no index. A block of queries against a pool of up to 100k rows is one matrix product and a top-k, needs no
-recall to be trusted, and gives the same answer on every machine. Beyond that, a pool may be drawn with `probes`
-(`filters/_lists.py`): then a search misses some neighbours, and `recall` says how many. What one detector asked for is
-remembered, with the batch, for the others.
+Trade-off: no index. A block of queries against a pool of up to 100k rows is one matrix product and a top-k and needs no
+recall to be trusted. Beyond that, a pool may be drawn with `probes` (`filters/_lists.py`): then a search misses some
+neighbours, and `recall` says how many. What one detector asked for is remembered, with the batch, for the others. Where
+a task was given a GPU it searches there, and always the whole pool.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +22,10 @@ GPU_CHUNK = 65536
 STRIP = 256
 CANCELS = 0.05  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed by differences: the expansion has lost digits
 DIFFERENCES = 32768  # pairs at a time
-KEPT = 4  # references with lists, which take minutes to make
+KEPT = 8  # references with lists, which take minutes to make
 
 Found = tuple[np.ndarray, np.ndarray]
 Find = Callable[[np.ndarray, np.ndarray, int], Found]
-_largest: dict[str, int] = {}
 _references: dict[tuple[Drawn, str], "Reference"] = {}
 
 
@@ -170,19 +169,21 @@ def search(rows: np.ndarray, reference: Reference, own: np.ndarray, k: int, exac
     return distance, index
 
 
-def recall(queries: Batch, pool: Batch, rows: np.ndarray, names: Iterable[str]) -> tuple[int, int]:
-    """How many of the neighbours of these rows were found by these searches in the pool, and of how many."""
-    hits = total = 0
-    sample, found = queries.take(rows), searches(queries, pool)
-    for name in names:
-        column, _, where = name.partition(" in ")
-        distance, index = found[name]
-        truth, nearest = _near(sample, pool, column, where, index.shape[1], exact=True)
-        known = np.isfinite(truth).all(axis=1)
-        # by distance: of rows that are equally far any is right
-        hits += int((distance[rows][known] <= truth[known][:, -1:] * (1 + 1e-5)).sum())
-        total += nearest[known].size
-    return hits, total
+def recall(queries: Batch, pool: Batch, rows: np.ndarray, name: str) -> tuple[int, int]:
+    """How many of the neighbours of these rows were found by a search in the pool, and of how many."""
+    column, _, where = name.partition(" in ")
+    distance, index = searches(queries, pool)[name]
+    truth, nearest = _near(queries.take(rows), pool, column, where, index.shape[1], exact=True)
+    known = np.isfinite(truth).all(axis=1)
+    # by distance: of rows that are equally far any is right
+    hits = int((distance[rows][known] <= truth[known][:, -1:] * (1 + 1e-5)).sum())
+    return hits, nearest[known].size
+
+
+def searched_columns(name: str) -> tuple[str, list[str]]:
+    """Of the name of a search: the column of the queries, and those of the pool."""
+    column, _, where = name.partition(" in ")
+    return column, _searched(where)[0]
 
 
 def searches(queries: Batch, pool: Batch) -> dict[str, Found]:
@@ -216,16 +217,16 @@ def _searched(where: str) -> tuple[list[str], bool]:
 def _reference(pool: Batch, where: str) -> Reference:
     """The pool as a search wants it; with lists, kept for the next shard, whose pool is the same in other memory."""
     key = (pool.drawn, where)
-    if key not in _references:
+    made = _references.pop(key, None)
+    if made is None:
         columns, cosine = _searched(where)
         rows = _below([getattr(pool, name) for name in columns])
         made = Reference.of(unit(rows) if cosine else rows, pool.drawn.probes)
-        if not pool.drawn.digest or not made.lists:
-            return made
-        while len(_references) >= KEPT:
+    if pool.drawn.digests and made.lists:
+        _references[key] = made  # the last used is the last to go
+        while len(_references) > KEPT:
             _references.pop(next(iter(_references)))
-        _references[key] = made
-    return _references[key]
+    return made
 
 
 def most(wanted: Iterable[dict[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:
@@ -248,19 +249,19 @@ def _below(parts: Sequence[np.ndarray]) -> np.ndarray:
 def _once(batch: Batch, name: str, pool: Batch | None, find: Callable[[int], Found], k: int) -> Found:
     """find(k), remembered with the batch; what was found for a larger k serves a smaller one.
 
-    A k that was asked for before is found at once: of slof(k=16) and lid(k=64), only the first shard is searched twice.
+    The largest k of the run is found at once, and in every shard: which of several rows that are equally far are found
+    may hang on k.
     """
     known = batch.found.get(name)
     if known is None or known[0] is not pool or known[1].shape[1] < k:
-        wanted = max(k, _largest.get(name, 0))
+        wanted = max(k, (pool or batch).drawn.k)
         try:
             known = (pool, *find(wanted))
         except ValueError:  # too few rows for another detector, but perhaps not for this one
             if wanted == k:
                 raise
-            wanted, known = k, (pool, *find(k))
+            known = (pool, *find(k))
         batch.found[name] = known
-        _largest[name] = max(wanted, _largest.get(name, 0))
     return known[1][:, :k], known[2][:, :k]
 
 

@@ -6,6 +6,7 @@ neighbour counts its distance to itself, 0, as the first.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Released:
     k: int = 16
     of: Of = "image"
     size: int = 2048
+    reference: ClassVar[str] = "batch"
 
     def __post_init__(self) -> None:
         if not 0 < self.k < self.size - 1:

@@ -4,7 +4,7 @@ Trade-off: DEPTH x WIDTH counters, 16 MB, whatever the dataset's size. A count i
 keys share a background of up to N / WIDTH (by the theorem at most e N / WIDTH more than the truth in 98 % of queries),
 which moves all scores alike and not their order; order is blurred by its square root. So of 400M captions a count has
 400 too many, give or take 20; below a million there is nothing to see of it. Sketches of shards add up to that of the
-dataset in any order. A counter wraps at 2^32.
+dataset in any order. A counter stops at 2^32 - 1.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,13 @@ DEPTH, BITS = 4, 20
 WIDTH = 1 << BITS
 # Odd, so that every key is told apart before the shift: multiply-shift hashing (Dietzfelbinger et al. 1997)
 _FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
+
+
+def added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The sketch of both; what no longer fits into a counter stays at its greatest."""
+    total = one + other
+    total[total < one] = np.iinfo(total.dtype).max
+    return total
 
 
 def sketch(keys: np.ndarray) -> np.ndarray:

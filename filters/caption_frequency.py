@@ -12,7 +12,7 @@ import numpy as np
 
 from filters._batch import Batch
 from filters._captions import normalised, present
-from filters._sketch import count, hashed, sketch
+from filters._sketch import added, count, hashed, sketch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class caption_frequency:
         return sketch(_keys(batch)[present(batch.caption)])
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return one + other
+        return added(one, other)
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
         return np.where(present(batch.caption), count(summary, _keys(batch)), np.nan)

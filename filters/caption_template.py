@@ -13,7 +13,7 @@ import numpy as np
 
 from filters._batch import Batch
 from filters._captions import normalised, present
-from filters._sketch import count, hashed, mixed, sketch
+from filters._sketch import added, count, hashed, mixed, sketch
 
 WORDS = 64
 LEAST = 3  # words: of fewer, what is left is no template
@@ -30,7 +30,7 @@ class caption_template:
         return sketch(np.concatenate([whole[present(batch.caption)], templates]))
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return one + other
+        return added(one, other)
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
         whole, templates, owner = _keys(batch.caption)

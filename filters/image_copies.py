@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
-from filters._sketch import count, hashed, sketch
+from filters._sketch import added, count, hashed, sketch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class image_copies:
         return sketch(hashed([digest for digest in batch.image_sha256 if digest is not None]))
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return one + other
+        return added(one, other)
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
         known = np.asarray([digest is not None for digest in batch.image_sha256], bool)

@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from filters._batch import Batch
-from filters._sketch import count, mixed, sketch
+from filters._sketch import added, count, mixed, sketch
 
 QUARTER = 0xFFFF
 # Two of four quarters, and which two: a key of 64 bits
@@ -31,7 +31,7 @@ class image_duplicates:
         return sketch(_keys(batch.image_hash[batch.decoded]).ravel())
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return one + other
+        return added(one, other)
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
         return np.where(batch.decoded, count(summary, _keys(batch.image_hash)).max(axis=1), np.nan)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
-from filters._sketch import background, count, mixed, sketch
+from filters._sketch import added, background, count, mixed, sketch
 
 CELLS = (4, 8)  # pixels a side; the larger ones are halved
 GRID = 4  # values a side that a cell is known by
@@ -37,7 +37,7 @@ class recurring_patch:
         return sketch(np.concatenate(keys))
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return one + other
+        return added(one, other)
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
         above = []

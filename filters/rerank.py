@@ -37,6 +37,9 @@ class rerank:
         _ = self._dear  # what is wrong with it is said now
         if self._cheap.__class__ is rerank:
             raise ValueError("the first stage of a rerank cannot be one; let its check be one")
+        for part in (self._cheap, self._dear):
+            if getattr(part, "reference", "pool") == "batch":
+                raise ValueError(f"{spec.text(part)} compares pairs of one batch with each other, which a stage is not")
         if "poisoned" in self._cheap.needs:
             raise ValueError(
                 "the first stage scores the pool, of which no ledger is asked; let the check be the oracle"
@@ -106,7 +109,7 @@ class rerank:
 
     def _cut(self, pool: Batch, summary: Any) -> tuple[float, float]:
         """The score above which a pair is checked, and the probability of that for a pair with this very score."""
-        columns = [] if pool.drawn.digest else [getattr(pool, name) for name in self.pools]
+        columns = [] if pool.drawn.digests else [getattr(pool, name) for name in self.pools]
         key = hashlib.sha256(pickle.dumps((spec.text(self), pool.drawn, columns, summary))).hexdigest()
         if key not in _CUTS:
             scores = _run(self._cheap, pool, pool, summary)

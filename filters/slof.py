@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import Batch
-from filters._density import TINY, Density
+from filters._density import Density
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ class slof(Density):
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         distance, index = self.near(batch, pool)
-        theirs = np.maximum(self.theirs(batch, pool)[:, -1], TINY)
-        return (distance[:, -1:] / theirs[index]).mean(axis=1)
+        theirs = self.theirs(batch, pool)
+        return (distance[:, -1:] / np.maximum(theirs[:, -1], self.floor(theirs))[index]).mean(axis=1)

@@ -65,7 +65,7 @@ def calibrate(
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
         out: local folder for the copy with canaries, its model and scores, and the result.
         detectors: to choose from, e.g. "slof(k=16)" clip_score; see `mithridate list detectors`.
-        attacks: one or more of each family; what they have in name is a family.
+        attacks: one or more of each family; what they have in name is a family, of an attack around another its inner.
         dose: of all canaries together: a number of pairs (300), 100ppm or 1%.
         recipe: how the model is trained; `mithridate list recipes` shows them.
         epochs: after which to score; default: all of which the recipe keeps a checkpoint.
@@ -131,7 +131,7 @@ class _Calibration:
         Dose.parse(self.dose)
         if not 0 < self.drop < 1 or self.most < 1:
             raise InputError("--drop is a share between 0 and 1, --most at least 1")
-        families = {spec.parse_call(text)[0] for text in self.attacks}
+        families = {spec.innermost(text) for text in self.attacks}
         if len(families) < 2:
             raise InputError(f"--attacks: of two families at least, for one is left out; here is {', '.join(families)}")
         spec.parse("attacks", self._attack)
@@ -204,7 +204,7 @@ class _Calibration:
             for epoch, names in when.items()
         ]
         known = ledger.read(ledger.ledger_path(self.canaries))
-        family = {who: spec.parse_call(text)[0] for who, text in zip(*_pair(known, "uid", "attack"), strict=True)}
+        family = {who: spec.innermost(text) for who, text in zip(*_pair(known, "uid", "attack"), strict=True)}
         return collect(scored, list_shards(self.canaries), family, self.seed), folders
 
     def _drawn(self) -> dict[str, Any]:

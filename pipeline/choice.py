@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import spec
-from pipeline.policies._select import keys, ordered
+from pipeline.policies._select import ordered, ties
 from pipeline.policies.budget import budget
 from pipeline.policies.ensemble import Combine, combined, ensemble
 from train.metrics import Rate, wilson
@@ -108,7 +108,7 @@ class Canaries:
 
     @cached_property
     def _ties(self) -> np.ndarray:
-        return keys(np.zeros(len(self.uid)), self.uid) & np.uint64(0xFFFFFFFF)
+        return ties(self.uid)
 
     @cached_property
     def _alone(self) -> dict[str, "Canaries"]:

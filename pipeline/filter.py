@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline import ledger, sidecars, spec
 from pipeline.arguments import Out, Shards
+from pipeline.buckets import Buckets, by_sample
 from pipeline.dataset import Row, describe, write_stats
 from pipeline.errors import InputError
 from pipeline.progress import console
@@ -24,7 +25,7 @@ from pipeline.shard_map import Job, check_made_from, locked, shard_map
 from pipeline.shards import Counts, Sample, Shard, UidRule, list_shards, rewrite
 from pipeline.shards.store import absolute, existing, join, make_folder, stamp, whole, write
 
-AT_ONCE = 4_000_000  # uids sorted in memory
+SAMPLED = 64  # of so many uids of a shard one says where keep.npy is cut to be sorted
 
 
 def filter_shards(
@@ -177,23 +178,25 @@ def _keep_lists(out: str, shards: list[Shard], n: int) -> None:
             yield sidecars.read(join(out, f"{shard.name}.keep.parquet"), ("uid", "kept"), "run the filter again")
 
     schema = pa.schema([("uid", pa.string()), ("kept", pa.bool_()), ("reason", pa.string())])
+    sample = [np.empty(0, np.uint64)]
     with whole(join(out, "keep.parquet")) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), schema) as writer:
         for part in parts():
             writer.write_table(part)
-    slices = max(1, -(-n // AT_ONCE))  # uids are uniform, so equal ranges of their first half are equal shares
-    bounds = [i * 2**64 // slices for i in range(1, slices)] + [2**64]
+            sample.append(_halves(part)[::SAMPLED, 0])
+    buckets = Buckets(by_sample(np.concatenate(sample), n))
+    for part in parts():
+        buckets.add(_halves(part))
     with whole(join(out, "keep.npy")) as file:
         header = {"descr": np.dtype("u8,u8").descr, "fortran_order": False, "shape": (n,)}
         np.lib.format.write_array_header_1_0(file, header)
-        low = 0
-        for high in bounds:
-            halves: list[tuple[int, int]] = []
-            for part in parts():
-                for uid in part.column("uid").filter(part.column("kept")).to_pylist():
-                    if low <= (first := int(uid[:16], 16)) < high:
-                        halves.append((first, int(uid[16:], 16)))
-            file.write(np.asarray(sorted(halves), np.dtype("u8,u8")).tobytes())
-            low = high
+        for rows in buckets:
+            file.write(rows[np.lexsort((rows[:, 1], rows[:, 0]))].tobytes())
+
+
+def _halves(part: Any) -> np.ndarray:
+    """uint64[n, 2]: the halves of the uids of a table that are kept."""
+    kept = part.column("uid").filter(part.column("kept")).to_pylist()
+    return np.frombuffer(bytes.fromhex("".join(kept)), ">u8").reshape(-1, 2).astype(np.uint64)
 
 
 if __name__ == "__main__":

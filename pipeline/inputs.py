@@ -30,6 +30,8 @@ class Inputs:
 
     def check(self, needs: Collection[str]) -> None:
         """Raises InputError where a folder is missing that a column comes from."""
+        if self.earlier and self.earlier == self.embeddings:
+            raise InputError("--earlier: the same folder as --embeddings; give those of an earlier checkpoint")
         for columns, folder, says in (
             (EMBEDDED, self.embeddings, "--embeddings; make them with `mithridate embed`"),
             (
@@ -65,12 +67,14 @@ class Inputs:
                     raise InputError(
                         f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
                     )
-                columns = {image: found.image, text: found.text}
+                columns = {image: _without_zeros(found.image), text: _without_zeros(found.text)}
                 joined |= {name: _take(values, rows) for name, values in columns.items() if name in wanted}
                 models[option] = found.model
         if set(TRACES) & set(wanted):
             trace = _read_traces(self.traces, shard.name)
             rows = sidecars.rows_of(who, trace["uid"])
+            if len(who) and len(trace["uid"]) and (rows < 0).all():
+                raise InputError(f"{self.traces}: no uid of {shard.path} is here; is it of other data?")
             joined |= {name: _take(trace[name.removesuffix("_trace")], rows) for name in TRACES}
         if content := set(wanted) & COLUMNS.keys():
             content |= {"decoded"} if content & {"pixels", "image_hash"} else set()
@@ -91,17 +95,26 @@ def _read_traces(folder: str, shard_name: str) -> dict[str, np.ndarray]:
     """uid str[n]; similarity and loss float32[n, epochs], NaN where an epoch did not see the pair."""
     wanted, columns = [("shard", "=", shard_name)], ("uid", "shard", "epoch", "similarity", "loss")
     remedy = "`mithridate train` writes the traces to its OUT/traces"
-    tables = [sidecars.read(file, columns, remedy, wanted) for file in _trace_files(folder)]
+    files = _trace_files(folder)
+    tables = [sidecars.read(file, columns, remedy, wanted) for file in files]
     uid = np.concatenate([np.asarray(t.column("uid").to_pylist(), dtype=object) for t in tables])
     epoch = np.concatenate([t.column("epoch").to_numpy() for t in tables])
     who, rows = np.unique(uid.astype(str), return_inverse=True)
-    epochs, at = np.unique(epoch, return_inverse=True)
+    # of the whole run: a shard that an epoch skipped, or that training knew nothing of, has them too
+    epochs = np.unique([int(file.rpartition("epoch_")[2].partition(".")[0]) for file in files])
+    at = np.searchsorted(epochs, epoch)
     out: dict[str, np.ndarray] = {"uid": who.astype(object)}
     for name in ("similarity", "loss"):
         values = np.full((len(who), len(epochs)), np.nan, np.float32)
         values[rows, at] = np.concatenate([t.column(name).to_numpy() for t in tables])
         out[name] = values
     return out
+
+
+def _without_zeros(rows: np.ndarray) -> np.ndarray:
+    """A row of zeros is how some publish that there is none; it has no direction."""
+    there = np.asarray(rows.any(axis=1))
+    return np.where(there[:, None], rows, np.float32(np.nan))
 
 
 def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ another engine, in another pool, or for other embeddings is found anew, and with
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,40 +16,43 @@ import numpy as np
 
 import filters
 from filters._batch import Batch
-from filters._knn import recall, remember, searches
+from filters._knn import recall, remember, searched_columns, searches
 from pipeline import sidecars, spec
 from pipeline.errors import InputError
 from pipeline.shards.store import exists, join
 
-CHECKED = 32  # pairs of a shard whose neighbours are looked up again without lists
+CHECKED = 8  # pairs of a shard whose neighbours are looked up again without lists
 ENGINE = ("_batch.py", "_knn.py", "_lists.py")
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The file of a shard. `embeddings` stamps what the searches are made of."""
+    """The file of a shard. `stamps`, by column, tell the files that the queries are from."""
 
     path: str
-    embeddings: Any
+    stamps: Mapping[str, Any]
 
     @classmethod
-    def of(cls, folder: str, shard_name: str, embeddings: Any) -> "Neighbours":
-        return cls(join(folder, f"{shard_name}.neighbours.parquet"), embeddings)
+    def of(cls, folder: str, shard_name: str, stamps: Mapping[str, Any]) -> "Neighbours":
+        return cls(join(folder, f"{shard_name}.neighbours.parquet"), stamps)
 
     def load(self, batch: Batch, pool: Batch) -> "Known":
         """Give the batch what is known of its neighbours."""
         if not exists(self.path):
-            return Known(frozenset(), (0, 0))
+            return NOTHING
         try:
             table = sidecars.read(self.path, ("uid",), "")
             facts = json.loads((table.schema.metadata or {})[b"mithridate"])
-            if facts["of"] != self._of(pool) or table.column("uid").to_pylist() != batch.uid.tolist():
-                return Known(frozenset(), (0, 0))
-            names = [name.removesuffix(" distance") for name in table.column_names if name.endswith(" distance")]
+            if table.column("uid").to_pylist() != batch.uid.tolist():
+                return NOTHING
+            names = [name for name, of in facts["of"].items() if of == self._of(name, pool)]
             found = {name: (_matrix(table, f"{name} distance"), _matrix(table, f"{name} row")) for name in names}
-            known = Known(frozenset((name, rows.shape[1]) for name, (rows, _) in found.items()), facts["recall"])
+            # fewer than this run's k are found anew, or ties would fall otherwise than in other shards
+            found = {name: arrays for name, arrays in found.items() if arrays[0].shape[1] >= pool.drawn.k}
+            counted = {name: facts["recall"].get(name, (0, 0)) for name in found}
+            known = Known(frozenset((name, rows.shape[1]) for name, (rows, _) in found.items()), counted)
         except (InputError, KeyError, ValueError, TypeError, AttributeError):  # of another version, or not ours
-            return Known(frozenset(), (0, 0))
+            return NOTHING
         remember(batch, pool, {name: (distance, row.astype(np.int64)) for name, (distance, row) in found.items()})
         return known
 
@@ -59,24 +62,26 @@ class Neighbours:
 
         found = searches(batch, pool)
         new = [name for name, (rows, _) in found.items() if (name, rows.shape[1]) not in known.searches]
-        if not new:
-            return known.recall
-        hits, of = known.recall
+        counted = dict(known.recall)
         if pool.drawn.probes:
             some = np.unique(np.linspace(0, len(batch) - 1, CHECKED, dtype=np.int64)) if len(batch) else np.arange(0)
-            counted = recall(batch, pool, some, new)
-            hits, of = hits + counted[0], of + counted[1]
+            counted |= {name: recall(batch, pool, some, name) for name in new}
+        hits, of = (sum(one[i] for one in counted.values()) for i in (0, 1))
+        if not new:
+            return hits, of
         columns = {"uid": pa.array(batch.uid, pa.string())}
         for name, (distance, row) in found.items():
             columns[f"{name} distance"] = _lists(distance.astype(np.float32))
             columns[f"{name} row"] = _lists(row.astype(np.int32))
-        facts = json.dumps({"of": self._of(pool), "recall": (hits, of)})
+        facts = json.dumps({"of": {name: self._of(name, pool) for name in found}, "recall": counted})
         table = pa.table(columns).replace_schema_metadata({"mithridate": facts})
         sidecars.save(self.path, table, compression="none", use_dictionary=False)
         return hits, of
 
-    def _of(self, pool: Batch) -> str:
-        return spec.digest([pool.drawn.digest, pool.drawn.probes, self.embeddings, _engine()])
+    def _of(self, name: str, pool: Batch) -> str:
+        """What a search is of: these queries, these rows of the pool, and this engine."""
+        query, columns = searched_columns(name)
+        return spec.digest([self.stamps.get(query), pool.drawn.digest(columns), pool.drawn.probes, _engine()])
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,10 @@ class Known:
     """The searches that a file had, each with its k, and what was counted of their recall."""
 
     searches: Collection[tuple[str, int]]
-    recall: tuple[int, int]
+    recall: Mapping[str, tuple[int, int]]
+
+
+NOTHING = Known(frozenset(), {})
 
 
 @cache

@@ -39,20 +39,14 @@ def draw_pool(
     size: int,
     seed: int,
     max_failed: int,
+    k: int = 0,
     probes: int = 0,
 ) -> Pool:
     """`size` pairs with the smallest hashes of (seed, uid), less unusable ones: the same however the data is sharded.
 
-    Two passes: over the uids alone, then over the shards that hold the pairs. No more than `size` are held.
+    Two passes: over the uids alone, then over the shards that hold the pairs. Usable is who has every column `wanted`.
     """
-    drawn: list[tuple[int, str, str]] = []
-    for _, offered in each("pool", shards, _Offer(seed, size, inputs.uid)):
-        if isinstance(offered, InputError):
-            max_failed -= 1
-            if max_failed < 0:
-                raise offered
-            continue
-        drawn = heapq.nsmallest(size, drawn + offered.drawn)
+    drawn = _smallest(shards, inputs.uid, size, seed, max_failed)
     by_shard: dict[str, list[str]] = {}
     for _, who, where in drawn:
         by_shard.setdefault(where, []).append(who)
@@ -61,7 +55,10 @@ def draw_pool(
     models: dict[str, str] = {}
     for shard, found in each("pool", [s for s in shards if s.name in by_shard], _Columns(inputs), by_shard, wanted):
         if isinstance(found, InputError):
-            raise found
+            max_failed -= 1
+            if max_failed < 0:
+                raise found
+            continue
         check_one_model(models, found.models, shard.name)
         models = found.models
         parts.append(found.rows)
@@ -70,11 +67,41 @@ def draw_pool(
     if not len(rows):
         raise InputError(f"{inputs.embeddings}: no usable pairs for a pool of {size}")
     check_unique(rows.uid.tolist(), "the pool")
-    sha256 = hashlib.sha256("".join(rows.uid).encode())
-    for name in sorted(wanted):
-        values = getattr(rows, name)
-        sha256.update(repr(values.tolist()).encode() if values.dtype == object else values.tobytes())
-    return Pool(dataclasses.replace(rows, drawn=Drawn(sha256.hexdigest(), probes)), models)
+    digests = tuple((name, _digest(getattr(rows, name))) for name in sorted({"uid", *wanted}))
+    return Pool(dataclasses.replace(rows, drawn=Drawn(k, digests, probes)), models)
+
+
+def _digest(values: np.ndarray) -> str:
+    data = repr(values.tolist()).encode() if values.dtype == object else np.ascontiguousarray(values).data
+    return hashlib.sha256(data).hexdigest()
+
+
+def _smallest(
+    shards: Sequence[Shard], uid: UidRule, size: int, seed: int, max_failed: int
+) -> list[tuple[int, str, str]]:
+    """Hash, uid and shard of the `size` smallest hashes.
+
+    A shard offers four times its share; the few in which more might be among the smallest are asked again, for all.
+    """
+    few = min(size, 64 + 4 * size // len(shards))
+    drawn: list[tuple[int, str, str]] = []
+    more: dict[str, int] = {}  # by shard that has more than it offered, the largest hash of those
+    asked: Sequence[Shard] = shards
+    for most in (few, size):
+        again = {shard.name for shard in asked}
+        drawn = [one for one in drawn if one[2] not in again]
+        for shard, offer in each("pool", asked, _Offer(seed, most, uid)) if asked else ():
+            if isinstance(offer, InputError):
+                max_failed -= 1
+                if max_failed < 0:
+                    raise offer
+                continue
+            drawn = heapq.nsmallest(size, drawn + offer.drawn)
+            if len(offer.drawn) < offer.read:
+                more[shard.name] = offer.drawn[-1][0]
+        bound = drawn[-1][0] if len(drawn) == size else 2**64
+        asked = [shard for shard in shards if more.get(shard.name, 2**64) < bound]
+    return drawn
 
 
 def look_within(pool: Batch, wanted: Mapping[tuple[str, ...], int]) -> None:

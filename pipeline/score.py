@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from filters._batch import Batch
+from filters._batch import Batch, Drawn
 from filters._knn import most
 from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards
@@ -75,7 +75,8 @@ def score(
     columns = {column for entry in comparing for column in entry.pools}
     if pool < 1 or probes < 0:
         raise InputError("--pool is at least 1, --probes at least 0")
-    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards, probes) if columns else None
+    k = max((getattr(entry, "k", 0) for entry in entries), default=0)
+    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards, k, probes) if columns else None
     for entry in comparing:
         if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(
@@ -89,7 +90,8 @@ def score(
         "model": models.get("embeddings", ""),
         "earlier_model": models.get("earlier", ""),
         "pool": len(reference.rows) if reference else 0,
-        "pool_digest": reference.rows.drawn.digest if reference else "",
+        "pool_digest": spec.digest(reference.rows.drawn.digests) if reference else "",
+        "k": k,
         "probes": probes if reference else 0,
         "seed": seed,
         "uid": uid,
@@ -104,7 +106,7 @@ def score(
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
     work = _Score(tuple(entries), inputs, models, facts)
     job = Job("score", facts, out, max_failed_shards)
-    gpu = any(getattr(entry, "gpu", False) for entry in entries)
+    gpu = any(getattr(entry, "gpu", False) or hasattr(entry, "k") for entry in entries)
     markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries, gpu=gpu)
     for marker in markers:  # without a pool no shard knew of another
         check_one_model(models, marker["facts"]["models"], marker["output"])
@@ -208,13 +210,14 @@ class _Score:
             if set(embedded) & needs:
                 check_made_from(folder, shard, sha256, "run `mithridate embed` on them")
         batch, models = self.inputs.batch(shard, content.uids, needs)
+        batch = dataclasses.replace(batch, drawn=Drawn(self.facts["k"]))
         check_one_model(self.models, models, shard.name)
         if known is not None:
             batch = dataclasses.replace(batch, poisoned=np.asarray([u in known for u in content.uids], bool))
         counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
         if pool is not None:
-            looked_at = self.inputs.files([shard], {*EMBEDDED, *EARLIER} & needs)
-            near = Neighbours.of(out, shard.name, [stamp(path) for path in looked_at])
+            looked_at = {column: self.inputs.files([shard], {column}) for column in {*EMBEDDED, *EARLIER} & needs}
+            near = Neighbours.of(out, shard.name, {name: list(map(stamp, paths)) for name, paths in looked_at.items()})
             before = near.load(batch, pool)
         columns: dict[str, np.ndarray] = {}
         unscored: dict[str, int] = {}

@@ -367,7 +367,7 @@ def _ray() -> Any:
     import ray
 
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that was given no GPU sees none
         try:
             # finds RAY_ADDRESS or a running cluster; otherwise starts one that ends with this process
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)

@@ -96,6 +96,13 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
         raise InputError(shape) from error
 
 
+def innermost(text: str) -> str:
+    """The name of what a call is about in the end: of "label_consistent(attack='patch(…)')" patch."""
+    name, arguments = parse_call(text)
+    inner = arguments.get("attack")
+    return innermost(inner) if isinstance(inner, str) else name
+
+
 def text(instance: Any) -> str:
     """The canonical spec of an entry: every field, in the order of the dataclass."""
     values = ", ".join(f"{f.name}={getattr(instance, f.name)!r}" for f in dataclasses.fields(instance))

@@ -1,7 +1,8 @@
 """At most n of what is alike, exactly: of every group of pairs those with the smallest keys are kept.
 
-Trade-off: memory holds one slice of the groups at a time, which costs a pass over the sidecars a slice; what is left
-of it is a row for each group that is too large, at most a pair in n + 1.
+Trade-off: memory holds a bucket of groups at a time, and of a shard no more than n + 1 pairs a group; what is left is a
+row for each group that is too large, at most a pair in n + 1. Of a group that is in every shard a bucket holds n + 1
+pairs a shard.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,12 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.draw import hash64
-from pipeline.policies._select import column, ordered
+from pipeline.buckets import Buckets, even
+from pipeline.policies._select import column, keys, ties
 
 Scores = Mapping[str, np.ndarray]
 Passes = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-AT_ONCE = 8_000_000  # pairs of a slice, 16 bytes each
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ class Cap:
         return np.isnan(scores[column(scores, self.detector)])
 
     def _keys(self, scores: Scores) -> np.ndarray:
-        """Like (score, uid), by a hash of the uid: uids are data, and an attacker's might all begin alike."""
-        tie = np.asarray([hash64(0, "cap", uid) >> 32 for uid in scores["uid"]], np.uint64)
-        if not self.detector:
-            return tie
-        return ordered(scores[column(scores, self.detector)]) << np.uint64(32) | tie
+        return keys(scores[column(scores, self.detector)], scores["uid"]) if self.detector else ties(scores["uid"])
 
 
 def limits(passes: Passes, n: int) -> Limits:
@@ -75,47 +71,22 @@ def limits(passes: Passes, n: int) -> Limits:
     Keys that are equal there are all dropped: never more than n are kept.
     """
     pairs = sum(len(groups) for groups, _ in passes())
-    slices = max(1, -(-pairs // AT_ONCE))
-    found = [_slice(passes, n, i, slices) for i in range(slices)]
-    return Limits(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    buckets = Buckets(even(pairs))
+    for groups, ranked in passes():
+        buckets.add(_smallest(np.stack([groups, ranked], axis=1), n))
+    found = [_smallest(rows, n) for rows in buckets]
+    last = np.concatenate([rows[_before(rows) == n] for rows in found])
+    return Limits(last[:, 0], last[:, 1])
 
 
-def _slice(passes: Passes, n: int, i: int, of: int) -> tuple[np.ndarray, np.ndarray]:
-    """The limits of the i-th of `of` equal ranges of group hashes."""
-    held = _Held(n)
-    for groups, keys in passes():
-        here = (groups >> np.uint64(32)) * np.uint64(of) >> np.uint64(32) == i
-        held.add(groups[here], keys[here])
-    held.shrink()
-    last = held.ranks() == n
-    return held.groups[last], held.keys[last]
+def _smallest(rows: np.ndarray, n: int) -> np.ndarray:
+    """Of (group, key) uint64[m, 2] the n + 1 smallest keys of each group, sorted."""
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    return rows[_before(rows) <= n]
 
 
-class _Held:
-    """Pairs of a slice; of a group with many, now and then all but the n + 1 with the smallest keys are forgotten."""
-
-    def __init__(self, n: int):
-        self.n, self.room = n, AT_ONCE
-        self.groups, self.keys = np.empty(0, np.uint64), np.empty(0, np.uint64)
-        self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, groups: np.ndarray, keys: np.ndarray) -> None:
-        self.waiting.append((groups, keys))
-        if len(self.groups) + sum(len(g) for g, _ in self.waiting) > self.room:
-            self.shrink()
-            self.room = 2 * max(AT_ONCE, len(self.groups))
-
-    def shrink(self) -> None:
-        self.groups = np.concatenate([self.groups, *(g for g, _ in self.waiting)])
-        self.keys = np.concatenate([self.keys, *(k for _, k in self.waiting)])
-        self.waiting = []
-        order = np.lexsort((self.keys, self.groups))
-        self.groups, self.keys = self.groups[order], self.keys[order]
-        kept = self.ranks() <= self.n
-        self.groups, self.keys = self.groups[kept], self.keys[kept]
-
-    def ranks(self) -> np.ndarray:
-        """int[m]: how many pairs of the same group come before each; they are sorted."""
-        rows = np.arange(len(self.groups))
-        begins = np.concatenate([[True], self.groups[1:] != self.groups[:-1]]) if len(rows) else np.empty(0, bool)
-        return rows - np.maximum.accumulate(np.where(begins, rows, 0))
+def _before(rows: np.ndarray) -> np.ndarray:
+    """int[m]: how many pairs of the same group come before each; they are sorted."""
+    at = np.arange(len(rows))
+    begins = np.concatenate([[True], rows[1:, 0] != rows[:-1, 0]]) if len(rows) else np.empty(0, bool)
+    return at - np.maximum.accumulate(np.where(begins, at, 0))

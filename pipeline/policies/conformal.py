@@ -6,7 +6,8 @@ ones, for any detector and any n, ties or not (ties and unscored pairs only make
 
 Trusted pairs are named by uid and scored together with the others: the same model and the same pool. Scores of a
 separate clean set would be of another pool and so not exchangeable; where the trusted set is another dataset, score
-both as one list of shards. The rate is about clean pairs like the trusted ones; it promises nothing about poison.
+both as one list of shards. A detector with references in the batch is refused: trusted pairs would be each other's.
+The rate is about clean pairs like the trusted ones; it promises nothing about poison.
 
 Trade-off: n trusted pairs allow no alpha below 1 / (n + 1), and a trusted set that is unlike the rest of the data (more
 curated, say) makes the rate on the rest another one.
@@ -39,6 +40,8 @@ class conformal:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise ValueError("alpha is a share: 0 < alpha < 1")
+        if "reference='batch'" in self.detector or "_released" in self.detector:
+            raise ValueError(f"{self.detector} scores trusted pairs by their own company, and the others by theirs")
 
     @property
     def detectors(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from pipeline.shards import remote
 
 # Sidecars that lie beside shards and are parquet too.
 _SIDECARS = re.compile(
-    r"(\.(embeddings|scores|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains|problems))\.parquet$"
+    r"(\.(embeddings|scores|neighbours|groups|ledger|keep|traces|manifest|published)|^(ledger|manifest|keep|results|domains|problems))\.parquet$"
 )
 MAX_SHARDS = 10_000_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

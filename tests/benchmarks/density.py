@@ -127,7 +127,7 @@ def by_lists(rows: int) -> dict[str, float]:
     a_row = 8 * (time.perf_counter() - clock) / QUERIES
     found = {}
     for probes in (8, 32, 128):
-        there, queries = replace(pool, drawn=Drawn("benchmark", probes)), _queries(2 * QUERIES)
+        there, queries = replace(pool, drawn=Drawn(K, (("uid", "benchmark"),), probes)), _queries(2 * QUERIES)
         clock = time.perf_counter()
         neighbours(_queries(1), there, name, K)
         made = time.perf_counter() - clock

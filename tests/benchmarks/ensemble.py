@@ -11,6 +11,7 @@ beside it the rule chosen on all families, the best single detector without the 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from pipeline.calibrate import collect
 from pipeline.choice import Canaries, Rule
 from pipeline.config import Config
 from pipeline.loop import Run, _folder
+from pipeline.policies._select import column
 from pipeline.scored import Scored
 from pipeline.shards import list_shards
 from train.metrics import wilson
 
 DROP = 0.1
+RANDOM = "random(seed=0)"
 RULES: dict[str, Callable[[dict[str, Any], str], Rule]] = {
     "ensemble, family held out": lambda found, family: _rule(_held_out(found, family)["policy"]),
     "best single detector, family held out": lambda found, family: Rule((_held_out(found, family)["single"],)),
     "ensemble, all families": lambda found, _: _rule(found["policy"]),
-    "random": lambda *_: Rule(("scores-004:random(seed=0)",)),
+    "random": lambda *_: Rule((RANDOM,)),
 }
 
 
@@ -40,12 +43,12 @@ def main(config: str, out: str, *calibrations: str) -> None:
     worst = dict.fromkeys(RULES, 1.0)
     for attack in plan.attacks:
         hits, n = dict.fromkeys(RULES, 0), 0
-        for seed, chosen in zip(plan.seeds, found, strict=False):
-            table, family = _table(plan, attack, seed, out), spec.parse_call(attack)[0]
+        for seed, chosen in zip(plan.seeds, found, strict=True):
+            table, family = _table(plan, attack, seed, out), spec.innermost(attack)
             poisons = int((table.family != "").sum())
             n += poisons
             for name, rule in RULES.items():
-                (rate,) = table.recalls(rule(chosen, family), family, (DROP,))
+                (rate,) = table.recalls(_named(rule(chosen, family), table), family, (DROP,))
                 hits[name] += round(float(rate.value or 0) * poisons)
         for name in RULES:
             low, high = wilson(hits[name], n)
@@ -55,7 +58,7 @@ def main(config: str, out: str, *calibrations: str) -> None:
     print("|---|---|" + "---|" * len(plan.attacks))
     for name, cells in lines.items():
         print(f"| {name} | {worst[name]:.3f} | {' | '.join(cells)} |")
-    for seed, chosen in zip(plan.seeds, found, strict=False):
+    for seed, chosen in zip(plan.seeds, found, strict=True):
         print(f"\nSeed {seed}, all families: `{chosen['policy']}`")
         for one in chosen["held_out"]:
             print(f"- without {one['family']}: `{one['policy']}`")
@@ -66,7 +69,11 @@ def _table(plan: Config, attack: str, seed: int, out: str) -> Canaries:
     run = Run(plan, attack, dose, seed, _folder(plan, attack, dose, seed, out))
     scored = Scored(tuple(run._scores(scores.epoch) for scores in plan.scores))
     poisons = ledger.poisoned_uids(ledger.ledger_path(run.poisoned))
-    return collect(scored, list_shards(run.poisoned), dict.fromkeys(poisons, spec.parse_call(attack)[0]), seed)
+    return collect(scored, list_shards(run.poisoned), dict.fromkeys(poisons, spec.innermost(attack)), seed)
+
+
+def _named(rule: Rule, table: Canaries) -> Rule:
+    return replace(rule, detectors=tuple(column(table.columns, name) for name in rule.detectors))
 
 
 def _held_out(found: dict[str, Any], family: str) -> dict[str, Any]:

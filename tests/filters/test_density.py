@@ -162,16 +162,17 @@ def test_neighbours_are_searched_once_for_all_detectors(monkeypatch):
     searched = []
     search = _knn.search
     monkeypatch.setattr(_knn, "search", lambda *a: searched.append(a[3]) or search(*a))
-    monkeypatch.setattr(_knn, "_largest", {})
     whole, pool = mixed(100, 11), mixed(160, 12)
     for name in (*FORMULAS, "two_sided_density"):
         detector(f"{name}(k=12, reference='batch')").score(whole, None)
     assert searched == [12]
-    for text in ("lid(k=20)", "slof(k=9)", "dao(k=20)", "kdist(k=5)"):
+    for text in ("slof(k=9)", "lid(k=20)", "dao(k=20)", "kdist(k=5)"):
         detector(text).score(whole, pool)
-    assert searched[1:] == [20, 9, 20]  # the pool's own distances are first asked for by slof, k = 9
-    detector("slof(k=9)").score(mixed(40, 13), pool)
-    assert searched[4:] == [20]
+    assert searched[1:] == [9, 9, 20, 20]
+    told = dataclasses.replace(pool, drawn=Drawn(k=20))  # as `mithridate score` does
+    for text in ("slof(k=9)", "lid(k=20)", "dao(k=20)", "kdist(k=5)"):
+        detector(text).score(mixed(40, 13) if text == "kdist(k=5)" else whole, told)
+    assert searched[5:] == [20, 20, 20]
 
 
 def test_a_changed_copy_of_a_batch_forgets_the_neighbours():
@@ -193,7 +194,7 @@ def clustered(n: int, seed: int) -> Batch:
 
 
 def listed(pool: Batch, probes: int) -> Batch:
-    return dataclasses.replace(pool, drawn=Drawn(f"{len(pool)} rows, {probes} probes", probes))
+    return dataclasses.replace(pool, drawn=Drawn(0, (("uid", f"{len(pool)}"),), probes))
 
 
 @pytest.mark.parametrize("name", ["kdist", "lid", "slof", "dao"])
@@ -208,8 +209,7 @@ def test_with_all_lists_probed_the_search_is_exact(name):
     assert np.allclose(found, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_a_few_probes_find_nearly_all_and_say_how_many(monkeypatch):
-    monkeypatch.setattr(_knn, "_largest", {})
+def test_a_few_probes_find_nearly_all_and_say_how_many():
     queries, pool = clustered(500, 1), clustered(20_000, 2)
     truth, _ = _knn.neighbours(queries.take(np.arange(500)), pool, "image_embedding", 10)
     recalls = []
@@ -218,7 +218,7 @@ def test_a_few_probes_find_nearly_all_and_say_how_many(monkeypatch):
         distance, index = _knn.neighbours(queries, there, "image_embedding", 10)
         plain = np.linalg.norm(queries.image_embedding[:, None] - pool.image_embedding[index], axis=2)
         assert np.allclose(distance, plain, rtol=1e-4)
-        hits, of = _knn.recall(queries, there, np.arange(0, 500, 5), ["image_embedding in image_embedding"])
+        hits, of = _knn.recall(queries, there, np.arange(0, 500, 5), "image_embedding in image_embedding")
         right = int((distance <= truth[:, -1:] * (1 + 1e-5))[::5].sum())
         assert (hits, of) == (right, 1000)
         recalls.append(hits / of)

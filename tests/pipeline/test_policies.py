@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import pairs, write_tar
 
-from pipeline import spec
+from pipeline import buckets, spec
 from pipeline.errors import InputError
 from pipeline.filter import filter_shards
 from pipeline.policies import _cap
@@ -69,7 +69,7 @@ def trusted(tmp_path):
 
 @pytest.mark.parametrize("name", spec.names("policies"))
 def test_every_policy_decides_alike_however_pairs_are_dealt_out(name, trusted, monkeypatch):
-    monkeypatch.setattr(_cap, "AT_ONCE", 150)  # several slices, and now and then one is shrunk
+    monkeypatch.setattr(buckets, "AT_ONCE", 150)
     policy, scores = policy_of(CALLS[name].replace("{trusted}", trusted)), table(1000)
     scores["s:slof(k=16)"][[7, 70]] = np.nan
     order = np.random.default_rng(1).permutation(1000)
@@ -165,7 +165,7 @@ def test_too_few_trusted_pairs_and_false_uids_are_refused(tmp_path):
 @pytest.mark.parametrize("detector", ["", "slof"])
 @pytest.mark.parametrize(("name", "group"), [("per_domain", "domain"), ("caption_cap", "caption")])
 def test_a_cap_keeps_the_n_least_suspicious_of_each(monkeypatch, name, group, detector, at_once):
-    monkeypatch.setattr(_cap, "AT_ONCE", at_once)
+    monkeypatch.setattr(buckets, "AT_ONCE", at_once)
     scores = table(2000)
     scores["s:slof(k=16)"] = np.round(scores["s:slof(k=16)"])  # ties
     gone = dropped(policy_of(f"{name}(n=7, detector={detector!r})"), shards(scores, 300, 1100, 1101))
@@ -189,25 +189,40 @@ def test_equal_keys_do_not_raise_a_cap():
     assert sum((~policy.drops(part, fitted)).sum() for part in parts) <= 4
 
 
-def test_the_memory_of_a_cap_is_a_slice(monkeypatch):
-    """Of one caption in all pairs n + 1 are held, and what waits."""
-    monkeypatch.setattr(_cap, "AT_ONCE", 1000)
-    most = 0
-
-    class Watched(_cap._Held):
-        def shrink(self):
-            nonlocal most
-            most = max(most, len(self.groups) + sum(len(g) for g, _ in self.waiting))
-            super().shrink()
-
-    monkeypatch.setattr(_cap, "_Held", Watched)
+def test_the_memory_of_a_cap_is_a_bucket(monkeypatch):
+    """Of one caption in all pairs n + 1 a shard are held, of many captions about AT_ONCE pairs."""
+    monkeypatch.setattr(buckets, "AT_ONCE", 1000)
+    smallest, held = _cap._smallest, []
+    monkeypatch.setattr(_cap, "_smallest", lambda rows, n: held.append(len(rows)) or smallest(rows, n))
     rng = np.random.default_rng(0)
     keys = rng.permutation(50_000).astype(np.uint64)
     for groups in (np.full(50_000, 77, np.uint64), rng.integers(0, 2**64, 50_000, np.uint64)):
-        parts = [(groups[i : i + 100], keys[i : i + 100]) for i in range(0, 50_000, 100)]
+        parts = [(groups[i : i + 500], keys[i : i + 500]) for i in range(0, 50_000, 500)]
         found = _cap.limits(lambda parts=parts: iter(parts), 3)
         assert found.first.tolist() == ([3] if groups[0] == groups[1] else [])
-    assert most < 3000
+    assert max(held) < 1500
+
+
+def test_ties_are_broken_by_no_part_of_the_uid_that_others_choose():
+    """A budget is exact although all scores and the first half of all uids are alike."""
+    uids = np.asarray([f"{i:032x}" for i in range(1000)], dtype=object)
+    scores = {"uid": uids, "s:text_based()": np.repeat(np.float32([0, 1]), 500)}
+    policy = policy_of("budget(detector='text_based', drop=0.1)")
+    assert len(dropped(policy, shards(scores, 300, 800))) == 100
+    assert all(int(uid, 16) >= 500 for uid in dropped(policy, [scores]))
+
+
+@pytest.mark.parametrize("begin", [0, 2**63])
+def test_buckets_give_back_every_row_in_order_wherever_they_lie(monkeypatch, begin):
+    monkeypatch.setattr(buckets, "AT_ONCE", 100)
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.integers(begin, begin + 700, 3000, np.uint64), np.arange(3000, dtype=np.uint64)], axis=1)
+    sorted_by = buckets.Buckets(buckets.by_sample(rows[::7, 0], len(rows)))
+    for part in np.array_split(rows, 11):
+        sorted_by.add(part)
+    found = [bucket[np.lexsort((bucket[:, 1], bucket[:, 0]))] for bucket in sorted_by]
+    assert len(found) > 20 and max(map(len, found)) < 400
+    assert np.array_equal(np.concatenate(found), rows[np.lexsort((rows[:, 1], rows[:, 0]))])
 
 
 # ensemble
