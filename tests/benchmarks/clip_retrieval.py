@@ -3,6 +3,7 @@
 It takes weights from a local file (`open_clip:MODEL/PATH`), so no hub is needed.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -18,7 +19,8 @@ from pipeline.embed import read_embeddings
 from pipeline.shards.sample import uid_of
 from tests.benchmarks.rewrite import say
 
-PACKAGE = "clip-retrieval==2.45.0"
+# clip-anytorch, which it wants, imports what setuptools no longer has
+PACKAGES = ("clip-retrieval==2.45.0", "setuptools<70")
 BATCH = 64
 
 
@@ -83,10 +85,11 @@ def agreement(ours: Path, theirs: Path) -> dict[str, float | None]:
 
 def installed() -> str:
     """Its command in a venv that is kept from run to run."""
-    venv = Path(tempfile.gettempdir()) / f"mithridate-{PACKAGE}"
+    name = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:8]
+    venv = Path(tempfile.gettempdir()) / f"mithridate-clip-retrieval-{name}"
     if not (venv / "done").exists():
         uv = [sys.executable, "-m", "uv"]
         subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(venv / "bin/python"), PACKAGE], check=True)
+        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(venv / "bin/python"), *PACKAGES], check=True)
         (venv / "done").touch()
     return str(venv / "bin/clip-retrieval")
