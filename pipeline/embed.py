@@ -6,9 +6,14 @@ on them, and who wants cosines normalises in a line. A pair the model could not 
 
 import functools
 import json
-from collections.abc import Iterator
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,11 +23,13 @@ from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.published_embeddings import Index, Published, PublishedModel, find_published, make_index, take
 from pipeline.shard_map import Job, shard_map
-from pipeline.shards import Counts, Rejected, Shard, UidRule, list_shards, samples
+from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, samples
 from pipeline.shards.image import pixels
 from pipeline.shards.store import absolute, join
 
 BATCH = 256
+MOST_DECODERS = 16  # a device; machines with eight of them have more cores than a hundred
+T = TypeVar("T")
 
 
 def embed(
@@ -124,34 +131,48 @@ class _Embed:
     uid: UidRule
 
     def __call__(self, shard: Shard, out: str) -> Counts:
-        model = _model(self.checkpoint)
+        counts = Counts(output=f"{shard.name}.embeddings.parquet")
+        with _timed(counts, "load"):
+            model = _model(self.checkpoint)
         if model.digest != self.digest:
             raise InputError(f"{self.checkpoint}: this node sees another checkpoint ({model.digest}); share the folder")
-        counts = Counts(output=f"{shard.name}.embeddings.parquet")
         uids: list[str] = []
-        image_rows: list[np.ndarray] = []
-        text_rows: list[np.ndarray] = []
-        for batch in _batches(shard, self.uid, model.image_size, counts):
+        good: list[bool] = []
+        captions: list[str] = []
+        rows = [np.empty((0, model.dimension), np.float32)]
+        batches = _batches(shard, self.uid, model.image_size, counts, _decoders(model.device.type))
+        while True:
+            with _timed(counts, "wait"):
+                batch = next(batches, None)
+            if batch is None:
+                break
             uids += batch.uids
-            good = np.asarray(batch.good)
-            for rows, values, encode in (
-                (image_rows, batch.images, lambda v: model.embed_images(np.stack(v))),
-                (text_rows, batch.captions, model.embed_texts),
-            ):
-                found = encode(values) if values else np.empty((0, model.dimension), np.float32)
-                block = np.full((len(good), model.dimension), np.nan, np.float16)
-                block[good] = found
-                rows.append(block)
+            good += batch.good
+            captions += batch.captions
+            if batch.images:
+                with _timed(counts, "image"):
+                    rows.append(model.embed_images(np.stack(batch.images)))
+        with _timed(counts, "text"):  # of the whole shard: the more, the more are equal or of one length
+            texts = model.embed_texts(captions)
         counts.out = counts.read - counts.failed
-        empty = [np.empty((0, model.dimension), np.float16)]
-        _write(
-            join(out, counts.output),
-            uids,
-            np.concatenate(image_rows or empty),
-            np.concatenate(text_rows or empty),
-            self.digest,
-        )
+        image, text = (_with_gaps(values, good) for values in (np.concatenate(rows), texts))
+        with _timed(counts, "write"):
+            _write(join(out, counts.output), uids, image, text, self.digest)
         return counts
+
+
+@contextmanager
+def _timed(counts: Counts, name: str) -> Iterator[None]:
+    clock = time.perf_counter()
+    yield
+    counts.seconds[name] = counts.seconds.get(name, 0.0) + time.perf_counter() - clock
+
+
+def _with_gaps(values: np.ndarray, good: list[bool]) -> np.ndarray:
+    """float16 [n, d]: the rows of `values` where `good`, NaN elsewhere."""
+    out = np.full((len(good), values.shape[1]), np.nan, np.float16)
+    out[np.asarray(good, bool)] = values
+    return out
 
 
 def _take(shard: Shard, out: str, published: Published, index: Index) -> Counts:
@@ -170,25 +191,49 @@ class _Batch:
     captions: list[str]
 
 
-def _batches(shard: Shard, uid: UidRule, size: int, counts: Counts) -> Iterator[_Batch]:
-    batch = _Batch([], [], [], [])
-    for sample in samples(shard, uid):
-        counts.read += 1
-        batch.uids.append(sample.uid)
+def _batches(shard: Shard, uid: UidRule, size: int, counts: Counts, threads: int) -> Iterator[_Batch]:
+    def look(sample: Sample) -> tuple[str, str, np.ndarray | None]:
         try:
-            caption, image = sample.caption, pixels(sample, size)
-            batch.images.append(image)
-            batch.captions.append(caption)
-            batch.good.append(True)
+            return sample.uid, sample.caption, pixels(sample, size)
         except Rejected as error:
+            return sample.uid, str(error), None
+
+    batch = _Batch([], [], [], [])
+    for who, said, image in _ahead(look, samples(shard, uid), threads):
+        counts.read += 1
+        batch.uids.append(who)
+        batch.good.append(image is not None)
+        if image is None:
             counts.failed += 1
-            counts.reasons[str(error)] = counts.reasons.get(str(error), 0) + 1
-            batch.good.append(False)
+            counts.reasons[said] = counts.reasons.get(said, 0) + 1
+        else:
+            batch.images.append(image)
+            batch.captions.append(said)
         if len(batch.uids) == BATCH:
             yield batch
             batch = _Batch([], [], [], [])
     if batch.uids:
         yield batch
+
+
+def _ahead(look: Callable[[Sample], T], items: Iterator[Sample], threads: int) -> Iterator[T]:
+    """`look` of every sample, in order; `threads` of them work on the next batch while the model is at this one."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(look, item))
+                if len(waiting) == 2 * BATCH:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # of a reader that has met a broken place in the shard
+
+
+def _decoders(device: str) -> int:
+    """Threads that decode for a worker; Pillow lets go of the interpreter. A CPU's cores are busy with the forward."""
+    return min(len(os.sched_getaffinity(0)), MOST_DECODERS) if device == "cuda" else 1
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ Weights are read as safetensors or with weights_only; a checkpoint never runs co
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from pipeline.shards.store import whole
 from train.checkpoints import CONFIG, WEIGHTS
 from train.recipes import Recipe
 
-BATCH = 512
+BATCH, CPU_BATCH = 512, 64
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,55 @@ class Model:
         with torch.inference_mode():
             rows = [
                 self.model.encode_image(normalise(torch.tensor(part, device=self.device), self.mean, self.std))
-                for part in (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+                for part in (images[i : i + self._batch] for i in range(0, len(images), self._batch))
             ]
         return self._rows(rows)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """n captions -> float32 [n, dimension], not normalised."""
+        """n captions -> float32 [n, dimension], not normalised. Equal ones are embedded once, in order of length."""
+        if not texts:
+            return self._rows([])
+        tokens, where = torch.unique(self.tokenizer(list(texts)), dim=0, return_inverse=True)
+        whole = tokens.shape[1]
+        lengths = tokens.argmax(1) + 1 if _ignores_padding(self.model) else torch.full((len(tokens),), whole)
+        by_length = lengths.argsort(stable=True)
+        rows = []
         with torch.inference_mode():
-            rows = [
-                self.model.encode_text(self.tokenizer(list(texts[i : i + BATCH])).to(self.device))
-                for i in range(0, len(texts), BATCH)
-            ]
-        return self._rows(rows)
+            for part in by_length.split(self._batch):
+                length = int(lengths[part[-1]])
+                rows.append(_shortened(self.model, length).encode_text(tokens[part, :length].to(self.device)))
+        return self._rows(rows)[by_length.argsort()[where].numpy()]
+
+    @property
+    def _batch(self) -> int:
+        """Rows in one forward pass. On a CPU what lies between two layers should stay in the cache."""
+        return BATCH if self.device.type == "cuda" else CPU_BATCH
 
     def _rows(self, rows: list[torch.Tensor]) -> np.ndarray:
         if not rows:
             return np.empty((0, self.dimension), np.float32)
         return torch.cat(rows).float().cpu().numpy()
+
+
+def _ignores_padding(model: Any) -> bool:
+    """Whether the text is read causally and up to its last token, so that what follows it changes nothing.
+
+    So it is with CLIP's own text encoder, and not with SigLIP's, CoCa's or one of transformers'.
+    """
+    import open_clip
+
+    return isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
+
+
+def _shortened(model: Any, length: int) -> Any:
+    """The same model, sharing its weights, for texts of `length` tokens: open_clip's takes nothing but whole ones."""
+    if not _ignores_padding(model):
+        return model
+    short = copy.copy(model)
+    position, mask = model.positional_embedding[:length], model.attn_mask[:length, :length]
+    short._parameters = {**model._parameters, "positional_embedding": position}
+    short._buffers = {**model._buffers, "attn_mask": mask}
+    return short
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):

@@ -224,7 +224,7 @@ def make(folder: Path, shards: int, samples: int = SAMPLES, side: int = 256) -> 
     import webdataset as wds
 
     rng = np.random.default_rng(0)
-    pictures = [_jpeg(rng, side) for _ in range(64)]
+    pictures = [picture(rng, side, side) for _ in range(64)]
     for i in range(shards):
         with wds.TarWriter(str(folder / f"{i:08d}.tar")) as writer:
             for j in range(samples):
@@ -243,9 +243,10 @@ def make(folder: Path, shards: int, samples: int = SAMPLES, side: int = 256) -> 
                 writer.write({"__key__": key, "jpg": image, "txt": caption, "json": json.dumps(facts, indent=4)})
 
 
-def _jpeg(rng: np.random.Generator, side: int) -> bytes:
-    small = Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    noise = rng.normal(0, 9, (side, side, 3))
+def picture(rng: np.random.Generator, wide: int, high: int) -> bytes:
+    """A JPEG of about half a byte a pixel."""
+    small = Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).resize((wide, high), Image.Resampling.BICUBIC)
+    noise = rng.normal(0, 9, (high, wide, 3))
     out = io.BytesIO()
     Image.fromarray(np.clip(np.asarray(small) + noise, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=88)
     return out.getvalue()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,34 @@ def test_embeddings_are_not_normalised_and_empty_is_fine(checkpoint: tuple[Path,
     assert rows.dtype == np.float32 and abs(np.linalg.norm(rows, axis=1) - 1).min() > 1e-3
     assert loaded.embed_images(np.empty((0, 32, 32, 3), np.uint8)).shape == (0, 64)
     assert loaded.embed_texts([]).shape == (0, 64)
+
+
+CAPTIONS = ["a cat", "", "a dog " * 40, "a cat", "a small red circle beside a dog", "A  cat"]
+
+
+def test_cut_texts_have_the_embeddings_of_whole_ones(checkpoint: tuple[Path, Towers]) -> None:
+    """In the order given, each different one once and no longer than its batch needs."""
+    loaded = model.load(str(checkpoint[0]))
+    with torch.inference_mode():
+        whole = loaded.model.encode_text(loaded.tokenizer(CAPTIONS)).numpy()
+    shapes: list[tuple[int, ...]] = []
+    loaded.model.token_embedding.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    np.testing.assert_allclose(loaded.embed_texts(CAPTIONS), whole, atol=1e-5)
+    np.testing.assert_allclose(loaded.embed_texts(CAPTIONS[:2]), whole[:2], atol=1e-5)
+    assert shapes == [(4, 16), (2, 4)]
+    assert loaded.model.positional_embedding.shape[0] == loaded.model.attn_mask.shape[0] == 16
+
+
+@pytest.mark.parametrize("text", [{"no_causal_mask": True}, {"pool_type": "last"}])
+def test_texts_that_are_not_read_up_to_their_end_stay_whole(checkpoint: tuple[Path, Towers], text: dict) -> None:
+    import open_clip
+
+    recipe = RECIPES["debug"].model
+    other = open_clip.CLIP(**recipe | {"text_cfg": recipe["text_cfg"] | text}).eval()
+    loaded = dataclasses.replace(model.load(str(checkpoint[0])), model=other)
+    with torch.inference_mode():
+        whole = other.encode_text(loaded.tokenizer(CAPTIONS)).numpy()
+    np.testing.assert_allclose(loaded.embed_texts(CAPTIONS), whole, atol=1e-5)
 
 
 def test_digest_is_of_the_weights(checkpoint: tuple[Path, Towers], tmp_path: Path) -> None:
