@@ -16,7 +16,7 @@ import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -62,13 +62,17 @@ class Index:
 class Batch:
     """This rank's slice of a global batch. `rows` are int64[n] into the index, `total` the size of the global batch.
 
-    images uint8 [n, 3, s, s] in channels_last memory, augmented; tokens int64 [n, context].
+    images uint8 [n, 3, s, s] in channels_last memory, augmented; tokens int64 [n, context]. `keys` are uint64[n] of
+    (seed, epoch, uid), which is all that a defense's augmentation may be random by. A defense may lay a second view of
+    every pair below the first, [2n, ...] of images and tokens.
     """
 
     rows: np.ndarray
     images: torch.Tensor
     tokens: torch.Tensor
     total: int
+    epoch: int
+    keys: np.ndarray
 
 
 def digest(shards: Sequence[Shard]) -> str:
@@ -93,9 +97,11 @@ def index(
     rank: int = 0,
     world: int = 1,
     window_bytes: int = WINDOW_BYTES,
+    only: Mapping[str, Collection[str]] | None = None,
 ) -> Index:
     """Read every sample once; with several ranks each reads its share and they exchange what they found.
 
+    `only`: of the shards with these paths, no other uids than these.
     Raises InputError on every rank for a broken shard, a uid that occurs twice, or nothing to train on.
     """
     mine: dict[int, _Part] = {}
@@ -103,7 +109,8 @@ def index(
     room = window_bytes
     try:
         for number in range(rank, len(shards), world):
-            part = _index_shard(shards[number], size, tokenizer, uid, room > 0)
+            wanted = (only or {}).get(shards[number].path)
+            part = _index_shard(shards[number], size, tokenizer, uid, room > 0, wanted)
             room -= part.pixels.nbytes if part.pixels is not None else room
             if room < 0:
                 part.pixels = None
@@ -198,11 +205,23 @@ def cuts(n: int, batch: int, world: int) -> np.ndarray:
 
 
 def batches(
-    index: Index, recipe: Recipe, seed: int, epoch: int, rank: int = 0, world: int = 1, window_bytes: int = WINDOW_BYTES
+    index: Index,
+    recipe: Recipe,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    window_bytes: int = WINDOW_BYTES,
+    chosen: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This rank's batches of an epoch (1-based), augmented, prepared by a thread while the last one is trained on."""
+    """This rank's batches of an epoch (1-based), augmented, prepared by a thread while the last one is trained on.
+
+    `chosen` bool[n]: an epoch of these rows of the index only.
+    """
     rows, window = order(index, seed, epoch, window_bytes)
-    edges = cuts(len(index), recipe.batch, world)
+    if chosen is not None:
+        rows, window = rows[chosen[rows]], window[chosen[rows]]
+    edges = cuts(len(rows), recipe.batch, world)
     slices = [np.arange(a + (b - a) // world * rank, a + (b - a) // world * (rank + 1)) for a, b in pairwise(edges)]
     mine = np.concatenate(slices)
     keys = keys_of(index.uid)
@@ -217,7 +236,8 @@ def batches(
             at = rows[part]
             images = augment(images, recipe, mix(keys[at], seed, epoch, 2))
             tokens = torch.from_numpy(index.tokens[at].astype(np.int64))
-            yield Batch(at, torch.from_numpy(images).permute(0, 3, 1, 2), tokens, int(total))
+            pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+            yield Batch(at, pictures, tokens, int(total), epoch, mix(keys[at], seed, epoch, 3))
 
     return prefetch(prepared(), 4)
 
@@ -300,9 +320,18 @@ class _Part:
     skipped: Counter[str]
 
 
-def _index_shard(shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bool) -> _Part:
+def _index_shard(
+    shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bool, only: Collection[str] | None
+) -> _Part:
+    places: list[int] = []  # of the samples that are looked at
     positions, uids, captions, images = [], [], [], []
     skipped: Counter[str] = Counter()
+
+    def wanted() -> Iterator[Sample]:
+        for place, sample in enumerate(samples(shard, uid)):
+            if only is None or sample.uid in only:
+                places.append(place)
+                yield sample
 
     def look(sample: Sample) -> tuple[str, np.ndarray] | str:
         try:
@@ -310,11 +339,11 @@ def _index_shard(shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bo
         except Rejected as error:
             return reason(error)
 
-    for position, (sample, result) in enumerate(_mapped(look, samples(shard, uid))):
+    for i, (sample, result) in enumerate(_mapped(look, wanted())):
         if isinstance(result, str):
             skipped[result] += 1
             continue
-        positions.append(position)
+        positions.append(places[i])
         uids.append(sample.uid.encode())
         captions.append(result[0])
         if keep:
