@@ -66,7 +66,7 @@ class safeclip(Defense):
     def begin(self, trainer: "Trainer") -> None:
         nothing = torch.empty(0, trainer.recipe.model["embed_dim"], device=trainer.device)
         self.memory["unimodal"] = self.unimodal_epochs(trainer.recipe.epochs)
-        self.memory |= {name: nothing for name in ("image", "text", "image_view", "text_view")}
+        self.memory.update(dict.fromkeys(("image", "text", "image_view", "text_view"), nothing))
         self.memory["safe"] = torch.zeros(len(trainer.index), dtype=torch.bool, device=trainer.device)
         self.memory["first_share"] = torch.zeros((), dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Super-fine-tuning: cycles of a large rate throw the weights out of the poisoned basin, cycles of a small one settle them.
+"""Super-fine-tuning: cycles of a large rate throw weights out of the poisoned basin, cycles of a small one settle them.
 
 Trade-off: a large rate forgets the backdoor and whatever else the trusted pairs do not teach again.
 

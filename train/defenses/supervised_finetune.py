@@ -67,7 +67,7 @@ class supervised_finetune(Trusted):
         of_row = torch.tensor([label[uid.decode()] for uid in trainer.index.uid])
         if not (of_row >= 0).any():
             raise InputError(f"{self.trusted}: no pair there is of one of the classes of {self.classes}")
-        self.memory |= {"head": head.to(trainer.device), "labels": of_row.to(trainer.device)}
+        self.memory.update(head=head.to(trainer.device), labels=of_row.to(trainer.device))
 
     def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
         labels = self.memory["labels"][torch.from_numpy(batch.rows).to(features.image.device)]

@@ -7,7 +7,6 @@ import gzip
 from functools import cache
 from pathlib import Path
 
-
 # Words that WordNet has in senses that captions do not mean: `in` is an inch there, `no` is nobelium.
 FUNCTION_WORDS = frozenset(
     "am an and are as at be been being but by can did do does done down for had has have having he her him his how in "
