@@ -1,4 +1,4 @@
-"""Image augmentations that defenses ask for beyond the recipe's, on whole batches of uint8 [n, 3, s, s].
+"""Image augmentations on whole batches: the recipe's own, and what the papers of defenses ask for beyond it.
 
 Trade-off: parameters are drawn per image from its key, a function of (seed, epoch, uid), and applied to the batch at
 once, which torchvision's transforms cannot; only AutoAugment, whose policy is a table of operations, goes through
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from train.data import mix
+from train.draws import mix
+from train.recipes import Recipe
 
 BLUR = 21 / 224  # width of RoCLIP's Gaussian kernel, as a share of the side
 # RGB <-> luma and two chroma axes (NTSC), between which hue is an angle
@@ -23,6 +24,32 @@ def draws(keys: np.ndarray, salt: int, n: int, device: torch.device | None = Non
     """float32 [len(keys), n], uniform in [0, 1); another salt gives independent numbers."""
     columns = [mix(keys, salt, i) / 2.0**64 for i in range(n)]
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(device)
+
+
+def augment(images: np.ndarray, recipe: Recipe, keys: np.ndarray) -> np.ndarray:
+    """uint8 [n, s, s, 3] -> the same, changed as the recipe says; `keys` uint64[n] decide how.
+
+    One nearest-neighbour lookup does shift, zoom and flip at once: in numpy, on one thread, it must not take a core
+    from the step that it hides behind.
+    """
+    if not (recipe.pad or recipe.zoom or recipe.flip or recipe.gain):
+        return images
+    n, side = images.shape[:2]
+    draws = np.stack([mix(keys, i) for i in range(8)], axis=1) / 2.0**64
+    if recipe.pad or recipe.zoom or recipe.flip:
+        grid = np.arange(side) - (side - 1) / 2
+        scale = 1 - recipe.zoom * draws[:, 2:3]
+        room = recipe.pad + (1 - scale) * side / 2
+        # half a pixel more, so that the outermost shifts are as frequent as the others after rounding
+        y, x = (grid * scale + np.rint((2 * draws[:, i : i + 1] - 1) * (room + 0.5)) for i in (0, 1))
+        if recipe.flip:
+            x = np.where(draws[:, 3:4] < 0.5, -x, x)
+        y, x = (np.clip(np.rint(v + (side - 1) / 2), 0, side - 1).astype(np.intp) for v in (y, x))
+        images = images[np.arange(n)[:, None, None], y[:, :, None], x[:, None, :]]
+    if recipe.gain:
+        gain = (1 + recipe.gain * (2 * draws[:, 4:7] - 1)).astype(np.float32)[:, None, None, :]
+        images = np.minimum(images * gain, 255).astype(np.uint8)
+    return images
 
 
 def crop_and_flip(images: torch.Tensor, keys: np.ndarray, smallest: float = 7 / 8) -> torch.Tensor:

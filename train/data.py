@@ -30,6 +30,8 @@ from pipeline.errors import InputError
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
 from pipeline.shards.image import pixels
 from pipeline.shards.store import view
+from train.augmentation import augment
+from train.draws import keys_of, mix
 from train.recipes import Recipe
 
 WINDOW_BYTES = 2 * 1024**3
@@ -152,23 +154,6 @@ def listed(skipped: dict[str, int] | Counter[str]) -> str:
     return "; ".join(f"{n:,} {why}" for why, n in sorted(skipped.items(), key=lambda item: -item[1])) or "none"
 
 
-def mix(keys: np.ndarray, *salts: int) -> np.ndarray:
-    """uint64[n] -> uint64[n], uniform: the finaliser of splitmix64 (Steele, Lea & Flood 2014), once a salt."""
-    with np.errstate(over="ignore"):
-        for salt in (*salts, 0):
-            keys = keys + np.uint64((salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-            keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            keys = keys ^ (keys >> np.uint64(31))
-    return keys
-
-
-def keys_of(uid: np.ndarray) -> np.ndarray:
-    """The 128-bit hex uids, ASCII [n], folded to uint64[n]."""
-    raw = np.frombuffer(bytes.fromhex(b"".join(uid.tolist()).decode()), ">u8").reshape(-1, 2).astype(np.uint64)
-    return raw[:, 0] ^ mix(raw[:, 1], 1)
-
-
 def order(index: Index, seed: int, epoch: int, window_bytes: int = WINDOW_BYTES) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the index in the order of an epoch, int64[n], and the window that each belongs to, non-decreasing."""
     window = np.zeros(len(index), np.int64)
@@ -240,32 +225,6 @@ def batches(
             yield Batch(at, pictures, tokens, int(total), epoch, mix(keys[at], seed, epoch, 3))
 
     return prefetch(prepared(), 4)
-
-
-def augment(images: np.ndarray, recipe: Recipe, keys: np.ndarray) -> np.ndarray:
-    """uint8 [n, s, s, 3] -> the same, changed as the recipe says; `keys` uint64[n] decide how.
-
-    One nearest-neighbour lookup does shift, zoom and flip at once: in numpy, on one thread, it must not take a core
-    from the step that it hides behind.
-    """
-    if not (recipe.pad or recipe.zoom or recipe.flip or recipe.gain):
-        return images
-    n, side = images.shape[:2]
-    draws = np.stack([mix(keys, i) for i in range(8)], axis=1) / 2.0**64
-    if recipe.pad or recipe.zoom or recipe.flip:
-        grid = np.arange(side) - (side - 1) / 2
-        scale = 1 - recipe.zoom * draws[:, 2:3]
-        room = recipe.pad + (1 - scale) * side / 2
-        # half a pixel more, so that the outermost shifts are as frequent as the others after rounding
-        y, x = (grid * scale + np.rint((2 * draws[:, i : i + 1] - 1) * (room + 0.5)) for i in (0, 1))
-        if recipe.flip:
-            x = np.where(draws[:, 3:4] < 0.5, -x, x)
-        y, x = (np.clip(np.rint(v + (side - 1) / 2), 0, side - 1).astype(np.intp) for v in (y, x))
-        images = images[np.arange(n)[:, None, None], y[:, :, None], x[:, None, :]]
-    if recipe.gain:
-        gain = (1 + recipe.gain * (2 * draws[:, 4:7] - 1)).astype(np.float32)[:, None, None, :]
-        images = np.minimum(images * gain, 255).astype(np.uint8)
-    return images
 
 
 def prefetch(source: Generator[T, None, None], depth: int) -> Iterator[T]:

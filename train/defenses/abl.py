@@ -58,7 +58,7 @@ class abl(Defense):
         return recipe.lr * self.slow if unlearning else recipe.rate(step, total)
 
     def begin(self, trainer: "Trainer") -> None:
-        from train.data import keys_of, mix
+        from train.draws import keys_of, mix
 
         n = len(trainer.index)
         self.memory["ends"] = self.phases(trainer.recipe.epochs)

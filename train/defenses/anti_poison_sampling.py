@@ -35,7 +35,7 @@ class anti_poison_sampling(Defense):
             raise ValueError("start and skip are shares, k is below pool")
 
     def begin(self, trainer: "Trainer") -> None:
-        from train.data import keys_of, mix
+        from train.draws import keys_of, mix
 
         n = len(trainer.index)
         pool = np.zeros(n, bool)

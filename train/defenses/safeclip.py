@@ -72,7 +72,7 @@ class safeclip(Defense):
 
     def augment(self, batch: "Batch") -> "Batch":
         from train.augmentation import crop_and_flip, jitter_grey_blur
-        from train.data import mix
+        from train.draws import mix
         from train.eda import eda
 
         other = mix(batch.keys, 1)
