@@ -1,7 +1,7 @@
 """Uniform numbers as a function of seeds and uids, for many pairs at once: never of order or worker count.
 
-Trade-off: `pipeline.draw` hashes a uid with blake2b, which is a microsecond each; this mixes the bits of all of an epoch
-in milliseconds, and is no cryptographic hash.
+Trade-off: `pipeline.draw` hashes a uid with blake2b, a microsecond each; this mixes the bits of a whole epoch in
+milliseconds, and is no cryptographic hash.
 """
 
 import numpy as np
