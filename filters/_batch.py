@@ -3,11 +3,13 @@
 A detector is a frozen dataclass with `needs`, the columns that it looks at, and `score(batch, pool)`. Two answers are
 optional: `pools`, the columns of the reference rows that it compares with (none: its pool is None), and for what only
 the whole dataset can tell `summarize(batch) -> S` and `merge(S, S) -> S`; its `score(batch, pool, summary)` gets the
-whole. Nothing else of a run is known to it. One with a model says so: `files`, what it reads besides (scores are made
-anew when they change), and `gpu`, whether it is worth one.
+whole. One that asks for the neighbours that pool rows have among themselves says in `within` of which columns, and how
+many: they are found once for all shards. Nothing else of a run is known to it. One with a model says so: `files`, what
+it reads besides (scores are made anew when they change), and `gpu`, whether it is worth one.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,14 @@ BANDS = 16  # of `spectrum`
 
 def _absent() -> np.ndarray:
     return np.empty((0, 0), np.float32)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Of a pool: `digest` tells it from any other; `probes` is how many inverted lists a search looks at, 0 at all."""
+
+    digest: str = ""
+    probes: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Batch:
     url, language: str[n] ("" unknown), as the sample's metadata says.
     published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is that of the stored image, 0
     where it is not, NaN where there is none.
+
+    No columns: `drawn`, and `found`, the neighbours that `filters._knn` has found for these rows.
     """
 
     uid: np.ndarray
@@ -62,14 +74,19 @@ class Batch:
     language: np.ndarray = field(default_factory=_absent)
     published_similarity: np.ndarray = field(default_factory=_absent)
     hash_agrees: np.ndarray = field(default_factory=_absent)
+    drawn: Drawn = Drawn()
+    found: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.uid)
 
     def take(self, rows: np.ndarray) -> "Batch":
         """These rows, in this order."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        columns = {name: getattr(self, name) for name in COLUMNS}
         return Batch(**{name: values[rows] if len(values) else values for name, values in columns.items()})
+
+
+COLUMNS = tuple(f.name for f in fields(Batch) if f.name not in ("drawn", "found"))
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ the company that the pair is in.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Density:
     reference: Literal["pool", "batch"] = "pool"
     of: Of = "image"
     size: int = 2048
+    looks_back: ClassVar[bool] = False  # whether it asks for `theirs`
 
     def __post_init__(self) -> None:
         if self.k < 1 or (self.reference == "batch" and self.k >= self.size):
@@ -40,6 +41,10 @@ class Density:
     @property
     def pools(self) -> tuple[str, ...]:
         return columns(self.of) if self.reference == "pool" else ()
+
+    @property
+    def within(self) -> dict[tuple[str, ...], int]:
+        return {self.pools: self.k} if self.pools and self.looks_back else {}
 
     def near(self, batch: Batch, pool: Batch | None) -> tuple[np.ndarray, np.ndarray]:
         """Distances [n, k] and rows [n, k] of the pairs' images to their nearest references, nearest first."""

@@ -1,32 +1,33 @@
-"""Exact nearest neighbours: the one engine of all density and neighbour detectors.
+"""Nearest neighbours: the one engine of all density and neighbour detectors.
 
 Trade-off: no index. A block of queries against a pool of up to 100k rows is one matrix product and a top-k, needs no
-recall to be trusted, and gives the same answer on every machine. What one detector asked for is remembered for the
-others of the run.
+recall to be trusted, and gives the same answer on every machine. Beyond that, a pool may be drawn with `probes`
+(`filters/_lists.py`): then a search misses some neighbours, and `recall` says how many. What one detector asked for is
+remembered, with the batch, for the others.
 """
 
-import hashlib
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from filters._batch import Batch, unit
+from filters._batch import Batch, Drawn, unit
+from filters._lists import Lists, by_lists, greatest, make_lists
 
 QUERIES = 2048  # at a time
+QUERIES_OF_LISTS = 16384  # the more at a time, the larger the product of a list with those that look at it
 CHUNK = 4096  # reference rows at a time, so that a product is still in the cache when it is searched
 GPU_CHUNK = 65536
 STRIP = 256
 CANCELS = 0.05  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed by differences: the expansion has lost digits
 DIFFERENCES = 32768  # pairs at a time
-POOLS = 4  # whose own distances are kept
+KEPT = 4  # references with lists, which take minutes to make
 
 Found = tuple[np.ndarray, np.ndarray]
-_remembered: dict[tuple[Any, ...], tuple[list[weakref.ref[np.ndarray]], int, Any]] = {}
-_largest: dict[tuple[Any, ...], int] = {}
-_pools: dict[tuple[str, int], np.ndarray] = {}
+Find = Callable[[np.ndarray, np.ndarray, int], Found]
+_largest: dict[str, int] = {}
+_references: dict[tuple[Drawn, str], "Reference"] = {}
 
 
 def neighbours(
@@ -38,30 +39,28 @@ def neighbours(
     the c-th. With `cosine`, all rows at length one. A pair in the pool with the query's own uid is not its neighbour.
     Queries with NaN get NaN distances. Raises ValueError where the pool has too few rows.
     """
-    rows, parts = getattr(queries, column), [getattr(pool, name) for name in among or (column,)]
-
-    def find(k: int) -> Found:
-        at = {uid: row for row, uid in enumerate(pool.uid)}
-        own = np.asarray([at.get(uid, -1) for uid in queries.uid], np.int64)[:, None]
-        own = np.where(own < 0, -1, own + len(pool) * np.arange(len(parts)))
-        scaled, reference = (unit(x) if cosine else x for x in (rows, _below(parts)))
-        return search(scaled, reference, own, k)
-
-    return _once((rows, queries.uid, *parts), ("pool", cosine), find, k)
+    where = _search_name(among or (column,), cosine)
+    return _once(queries, f"{column} in {where}", pool, lambda k: _near(queries, pool, column, where, k), k)
 
 
 def pool_distances(pool: Batch, columns: Sequence[str], k: int) -> np.ndarray:
-    """Distances float32[m, k] of each row of the stacked pool to its k neighbours there; computed once a process.
+    """Distances float32[m, k] of each row of the stacked pool to its k neighbours there."""
+    everything = slice(0, len(pool) * len(columns))
+    return _once(pool, within(columns), None, lambda k: near_within(pool, columns, k, everything), k)[0]
 
-    Remembered by content, since each task is handed the same pool as other objects.
-    """
-    parts = [getattr(pool, name) for name in columns]
-    name = (_once(parts, ("digest",), lambda _: _digest(parts), 0), len(parts))
-    if name not in _pools or _pools[name].shape[1] < k:
-        while len(_pools) >= POOLS:
-            _pools.pop(next(iter(_pools)))
-        _pools[name] = search(_below(parts), _below(parts), _pairs(len(pool), len(parts)), k)[0]
-    return _pools[name][:, :k]
+
+def within(columns: Sequence[str]) -> str:
+    """The name of that search among what a pool has `found`."""
+    return f"within {_search_name(columns, False)}"
+
+
+def near_within(pool: Batch, columns: Sequence[str], k: int, part: slice) -> Found:
+    """The same of these rows of the stacked pool, not remembered; and which rows the neighbours are."""
+    own = _pairs(len(pool), len(columns))[part]
+    reference = _reference(pool, _search_name(columns, False))
+    rows = _below([getattr(pool, name) for name in columns])
+    whole = part.start == 0 and part.stop == len(rows)
+    return search(rows if whole else rows[part], reference, own, k)
 
 
 def batch_neighbours(batch: Batch, columns: Sequence[str], size: int, k: int, alone: bool = False) -> Found:
@@ -78,13 +77,14 @@ def batch_neighbours(batch: Batch, columns: Sequence[str], size: int, k: int, al
         for first, last in blocks(len(batch), size):
             rows = _below([part[first:last] for part in parts])
             own = np.arange(len(rows))[:, None] if alone else _pairs(last - first, len(parts))
-            distance, index = search(rows, rows, own, k)
+            distance, index = search(rows, Reference.of(rows), own, k)
             distances.append(distance)
             indices.append(index + offset)
             offset += len(rows)
         return np.concatenate(distances), np.concatenate(indices)
 
-    return _once(parts, ("batch", size, alone), find, k)
+    name = f"in blocks of {size} {_search_name(columns, False)}{' alone' if alone else ''}"
+    return _once(batch, name, None, find, k)
 
 
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
@@ -92,64 +92,70 @@ def blocks(n: int, size: int) -> list[tuple[int, int]]:
     return [(max(0, min(start, n - size)), min(start + size, n)) for start in range(0, n, size)]
 
 
-def _pairs(n: int, columns: int) -> np.ndarray:
-    return np.tile(np.arange(n), columns)[:, None] + n * np.arange(columns)
+@dataclass(frozen=True)
+class Reference:
+    """Rows less their mean `centre`, ready to be searched: y float32[m, d], zeros where a row has NaN (not `usable`).
 
-
-def _below(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-def _digest(parts: Sequence[np.ndarray]) -> str:
-    sha256 = hashlib.sha256()
-    for part in parts:
-        sha256.update(np.ascontiguousarray(part).data)
-    return sha256.hexdigest()
-
-
-def _once(arrays: Sequence[np.ndarray], what: tuple[Any, ...], find: Callable[[int], Any], k: int) -> Any:
-    """find(k), remembered as long as these very arrays live; what was found for a larger k serves a smaller one.
-
-    A k that was asked for before is found at once: of slof(k=16) and lid(k=64), only the first shard is searched twice.
+    With `lists`, y, squares and usable are in the order of the lists.
     """
-    for dead in [key for key, (refs, _, _) in _remembered.items() if any(ref() is None for ref in refs)]:
-        del _remembered[dead]
-    key = (*what, *map(id, arrays))
-    if key not in _remembered or _remembered[key][1] < k:
-        wanted = max(k, _largest.get(what, 0))
-        try:
-            found = find(wanted)
-        except ValueError:  # too few rows for another detector, but perhaps not for this one
-            if wanted == k:
-                raise
-            wanted, found = k, find(k)
-        _remembered[key] = ([weakref.ref(a) for a in arrays], wanted, found)
-        _largest[what] = max(wanted, _largest.get(what, 0))
-    found = _remembered[key][2]
-    return (found[0][:, :k], found[1][:, :k]) if isinstance(found, tuple) else found
+
+    rows: np.ndarray
+    centre: np.ndarray
+    y: np.ndarray
+    squares: np.ndarray
+    usable: np.ndarray
+    lists: Lists | None = None
+
+    @classmethod
+    def of(cls, rows: np.ndarray, probes: int = 0) -> "Reference":
+        centre = _centre(rows)
+        y, squares, usable = _finite(rows, centre)
+        if not probes or has_gpu():  # which searches all of them in less time than lists take to make
+            return cls(rows, centre, y, squares, usable)
+        lists = make_lists(y, usable, probes)
+        return cls(rows, centre, y[lists.order], squares[lists.order], usable[lists.order], lists)
+
+    @property
+    def half(self) -> np.ndarray:
+        return np.where(self.usable, self.squares / 2, np.inf).astype(np.float32)
+
+    def find(self) -> Find:
+        """The search for the k rows of greatest closeness x.y - |y|^2 / 2, which are the nearest, in no order."""
+        if has_gpu():
+            return by_torch(self.y, self.half, "cuda")
+        exact = by_numpy(self.y, self.half)
+        return by_lists(self.y, self.half, self.lists, exact) if self.lists else exact
+
+    def named(self, index: np.ndarray) -> np.ndarray:
+        """Rows of y -> rows as they were given."""
+        return self.lists.order[index] if self.lists else index
+
+    def placed(self, index: np.ndarray) -> np.ndarray:
+        """Rows as they were given, or -1 -> rows of y."""
+        return np.where(index < 0, -1, self.lists.place[index]) if self.lists else index
 
 
-def search(rows: np.ndarray, reference: np.ndarray, own: np.ndarray, k: int) -> Found:
+def search(rows: np.ndarray, reference: Reference, own: np.ndarray, k: int, exact: bool = False) -> Found:
     """Distances float32[n, k] and reference rows int64[n, k] of each row's k nearest, nearest first.
 
     own: int64[n, e], reference rows that are no neighbours of the row (-1: none). Rows of the reference with NaN are
-    nobody's neighbours; rows with NaN get NaN distances. Raises ValueError where too few rows are left.
+    nobody's neighbours; rows with NaN get NaN distances. `exact`: look into all lists. Raises ValueError where too few
+    rows are left.
     """
     distance, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     if not len(rows):
         return distance, index
-    centre = _centre(reference)
-    y, squares, usable = _finite(reference, centre)
+    y, squares, usable = reference.y, reference.squares, reference.usable
     needed = k + own.shape[1]
     if usable.sum() < needed:
         raise ValueError(f"k={k} neighbours need {needed} or more usable reference rows; there are {usable.sum()}")
-    half = np.where(usable, squares / 2, np.inf).astype(np.float32)
-    find = by_torch(y, half, "cuda") if has_gpu() else by_numpy(y, half)
-    for start in range(0, len(rows), QUERIES):
-        part = slice(start, start + QUERIES)
-        x, norms, good = (
-            (y, squares, usable) if len(rows) <= QUERIES and rows is reference else _finite(rows[part], centre)
-        )
+    find = by_numpy(y, reference.half) if exact else reference.find()
+    own = reference.placed(own)
+    step = QUERIES_OF_LISTS if reference.lists and not exact else QUERIES
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        itself = len(rows) <= QUERIES and rows is reference.rows and not reference.lists
+        x, norms, good = (y, squares, usable) if itself else _finite(rows[part], reference.centre)
         closeness, found = find(x, own[part], k)
         squared = norms[:, None] - 2 * closeness
         # the expansion loses the digits of what is small beside its terms
@@ -160,8 +166,102 @@ def search(rows: np.ndarray, reference: np.ndarray, own: np.ndarray, k: int) -> 
         squared[~good] = np.nan
         order = np.argsort(squared, axis=1, kind="stable")
         distance[part] = np.sqrt(np.take_along_axis(squared, order, 1))
-        index[part] = np.take_along_axis(found, order, 1)
+        index[part] = reference.named(np.take_along_axis(found, order, 1))
     return distance, index
+
+
+def recall(queries: Batch, pool: Batch, rows: np.ndarray, names: Iterable[str]) -> tuple[int, int]:
+    """How many of the neighbours of these rows were found by these searches in the pool, and of how many."""
+    hits = total = 0
+    sample, found = queries.take(rows), searches(queries, pool)
+    for name in names:
+        column, _, where = name.partition(" in ")
+        distance, index = found[name]
+        truth, nearest = _near(sample, pool, column, where, index.shape[1], exact=True)
+        known = np.isfinite(truth).all(axis=1)
+        # by distance: of rows that are equally far any is right
+        hits += int((distance[rows][known] <= truth[known][:, -1:] * (1 + 1e-5)).sum())
+        total += nearest[known].size
+    return hits, total
+
+
+def searches(queries: Batch, pool: Batch) -> dict[str, Found]:
+    """What was found for these rows in this pool, by the name of the search."""
+    return {name: (distance, index) for name, (where, distance, index) in queries.found.items() if where is pool}
+
+
+def remember(queries: Batch, pool: Batch, found: dict[str, Found]) -> None:
+    """What an earlier run found for these very rows in this pool."""
+    for name, (distance, index) in found.items():
+        queries.found[name] = (pool, distance, index)
+
+
+def _near(queries: Batch, pool: Batch, column: str, where: str, k: int, exact: bool = False) -> Found:
+    rows, (columns, cosine) = getattr(queries, column), _searched(where)
+    at = {uid: row for row, uid in enumerate(pool.uid)}
+    own = np.asarray([at.get(uid, -1) for uid in queries.uid], np.int64)[:, None]
+    own = np.where(own < 0, -1, own + len(pool) * np.arange(len(columns)))
+    return search(unit(rows) if cosine else rows, _reference(pool, where), own, k, exact)
+
+
+def _search_name(columns: Sequence[str], cosine: bool) -> str:
+    return "+".join(columns) + (" by cosine" if cosine else "")
+
+
+def _searched(where: str) -> tuple[list[str], bool]:
+    columns, cosine, _ = where.partition(" by cosine")
+    return columns.split("+"), bool(cosine)
+
+
+def _reference(pool: Batch, where: str) -> Reference:
+    """The pool as a search wants it; with lists, kept for the next shard, whose pool is the same in other memory."""
+    key = (pool.drawn, where)
+    if key not in _references:
+        columns, cosine = _searched(where)
+        rows = _below([getattr(pool, name) for name in columns])
+        made = Reference.of(unit(rows) if cosine else rows, pool.drawn.probes)
+        if not pool.drawn.digest or not made.lists:
+            return made
+        while len(_references) >= KEPT:
+            _references.pop(next(iter(_references)))
+        _references[key] = made
+    return _references[key]
+
+
+def most(wanted: Iterable[dict[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:
+    """Of what several detectors want `within` the pool, by columns the greatest k."""
+    greatest_k: dict[tuple[str, ...], int] = {}
+    for part in wanted:
+        for columns, k in part.items():
+            greatest_k[columns] = max(k, greatest_k.get(columns, 0))
+    return greatest_k
+
+
+def _pairs(n: int, columns: int) -> np.ndarray:
+    return np.tile(np.arange(n), columns)[:, None] + n * np.arange(columns)
+
+
+def _below(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _once(batch: Batch, name: str, pool: Batch | None, find: Callable[[int], Found], k: int) -> Found:
+    """find(k), remembered with the batch; what was found for a larger k serves a smaller one.
+
+    A k that was asked for before is found at once: of slof(k=16) and lid(k=64), only the first shard is searched twice.
+    """
+    known = batch.found.get(name)
+    if known is None or known[0] is not pool or known[1].shape[1] < k:
+        wanted = max(k, _largest.get(name, 0))
+        try:
+            known = (pool, *find(wanted))
+        except ValueError:  # too few rows for another detector, but perhaps not for this one
+            if wanted == k:
+                raise
+            wanted, known = k, (pool, *find(k))
+        batch.found[name] = known
+        _largest[name] = max(wanted, _largest.get(name, 0))
+    return known[1][:, :k], known[2][:, :k]
 
 
 def _centre(rows: np.ndarray) -> np.ndarray:
@@ -183,8 +283,8 @@ def _finite(rows: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return rows, squares, good
 
 
-def by_numpy(y: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray, np.ndarray, int], Found]:
-    """A search for the k reference rows of greatest closeness x.y - |y|^2 / 2, which are the nearest, in no order."""
+def by_numpy(y: np.ndarray, half: np.ndarray) -> Find:
+    """Block by block: a product, and the k greatest of it."""
     buffer = np.empty(QUERIES * min(CHUNK, len(y)), np.float32)  # new memory for every product would cost a tenth of it
 
     def find(x: np.ndarray, own: np.ndarray, k: int) -> Found:
@@ -200,7 +300,7 @@ def by_numpy(y: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray, np.ndarra
             for column in own.T:
                 (row,) = np.nonzero((column >= start) & (column < start + len(chunk)))
                 closeness[row, column[row] - start] = -np.inf
-            value, at = _greatest(closeness, min(k, len(chunk)))
+            value, at = greatest(closeness, min(k, len(chunk)))
             values.append(value)
             columns.append(at + start)
         value, at = np.concatenate(values, axis=1), np.concatenate(columns, axis=1)
@@ -218,23 +318,6 @@ def _gram(x: np.ndarray, out: np.ndarray) -> None:
         out[end:, start:end] = out[start:end, end:].T
 
 
-def _greatest(values: np.ndarray, k: int) -> Found:
-    """The k greatest of each row and their columns, in no order.
-
-    They are in the k groups of columns with the greatest maxima; only those are partitioned.
-    """
-    n, m = values.shape
-    size = int((m / k) ** 0.5)
-    groups = m // size
-    top = np.argpartition(values[:, : size * groups].reshape(n, size, groups).max(axis=1), -k, axis=1)[:, -k:]
-    columns = (top[:, None, :] + groups * np.arange(size)[:, None]).reshape(n, size * k)
-    if size * groups < m:
-        columns = np.hstack([columns, np.broadcast_to(np.arange(size * groups, m), (n, m - size * groups))])
-    candidates = np.take(values, columns + m * np.arange(n)[:, None])
-    best = np.argpartition(candidates, -k, axis=1)[:, -k:]
-    return np.take_along_axis(candidates, best, 1), np.take_along_axis(columns, best, 1)
-
-
 def has_gpu() -> bool:
     """Without a driver torch is not even imported, which is slow and large."""
     if not Path("/proc/driver/nvidia").exists():
@@ -244,7 +327,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def by_torch(y: np.ndarray, half: np.ndarray, device: str) -> Callable[[np.ndarray, np.ndarray, int], Found]:
+def by_torch(y: np.ndarray, half: np.ndarray, device: str) -> Find:
     """The same search on a GPU."""
     import torch
 

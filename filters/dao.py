@@ -17,6 +17,8 @@ from filters._density import TINY, Density, dimension
 class dao(Density):
     """Mean log ratio of k-distances, weighted by the neighbours' dimension (Huang et al. 2025, formula)."""
 
+    looks_back = True
+
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         (distance, index), theirs = self.near(batch, pool), self.theirs(batch, pool)
         ratio = np.log(np.maximum(distance[:, -1:], TINY) / np.maximum(theirs[:, -1], TINY)[index])

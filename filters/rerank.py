@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from filters._batch import Batch
+from filters._knn import most
 from pipeline import spec
 from pipeline.draw import hash64
 
@@ -63,6 +64,10 @@ class rerank:
         return max(getattr(part, "k", 1) for part in (self._cheap, self._dear))
 
     @property
+    def within(self) -> dict[tuple[str, ...], int]:
+        return most(getattr(part, "within", {}) for part in (self._cheap, self._dear))
+
+    @property
     def gpu(self) -> bool:
         return any(getattr(part, "gpu", False) for part in (self._cheap, self._dear))
 
@@ -101,8 +106,8 @@ class rerank:
 
     def _cut(self, pool: Batch, summary: Any) -> tuple[float, float]:
         """The score above which a pair is checked, and the probability of that for a pair with this very score."""
-        columns = [getattr(pool, name) for name in self.pools]
-        key = hashlib.sha256(pickle.dumps((spec.text(self), columns, summary))).hexdigest()
+        columns = [] if pool.drawn.digest else [getattr(pool, name) for name in self.pools]
+        key = hashlib.sha256(pickle.dumps((spec.text(self), pool.drawn, columns, summary))).hexdigest()
         if key not in _CUTS:
             scores = _run(self._cheap, pool, pool, summary)
             scores = scores[np.isfinite(scores)]

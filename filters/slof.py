@@ -17,6 +17,8 @@ from filters._density import TINY, Density
 class slof(Density):
     """Mean ratio of the pair's k-distance to that of its k neighbours (Huang et al. 2025, formula)."""
 
+    looks_back = True
+
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         distance, index = self.near(batch, pool)
         theirs = np.maximum(self.theirs(batch, pool)[:, -1], TINY)

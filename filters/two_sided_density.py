@@ -17,6 +17,8 @@ from filters._density import TINY, Density
 class two_sided_density(Density):
     """Ours: how far the log k-distance is from the median of its references, in median absolute deviations."""
 
+    looks_back = True
+
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         found = self.near(batch, pool)[0], self.theirs(batch, pool)
         own, theirs = (np.log(np.maximum(distance[:, -1], TINY)) for distance in found)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Inputs:
 
     def batch(self, shard: Shard, who: Sequence[str], wanted: Collection[str]) -> tuple[Batch, dict[str, str]]:
         """Columns of these pairs of a shard, in this order, and the digest of the model of each of the embeddings."""
-        joined: dict[str, np.ndarray] = {}
+        joined: dict[str, Any] = {}
         models: dict[str, str] = {}
         folders = (("embeddings", self.embeddings, EMBEDDED), ("earlier", self.earlier, EARLIER))
         for option, folder, (image, text) in folders:

@@ -22,6 +22,7 @@ from pipeline.config import Config, Filter
 from pipeline.embed import embed
 from pipeline.errors import InputError
 from pipeline.filter import filter_shards
+from pipeline.inputs import EARLIER, EMBEDDED
 from pipeline.plan import Dose
 from pipeline.poison import poison
 from pipeline.policies._select import column
@@ -82,10 +83,11 @@ class Run:
             "poison", poison, self.plan.shards, self.poisoned, attack=self.attack, dose=self.dose, seed=self.seed
         )
         rows = [self._arm("undefended", None, self.poisoned)]
+        before = None
         for scores in self.plan.scores:
             embeddings, out = self._embeddings(scores.epoch), self._scores(scores.epoch)
             needs = {need for text in scores.detectors for need in spec.parse("detectors", text).needs}
-            if needs & {"image_embedding", "text_embedding"}:
+            if needs & {*EMBEDDED, *EARLIER}:
                 checkpoint = str(self.folder / "undefended" / "checkpoints" / f"epoch_{scores.epoch:03d}")
                 self._stage(f"embed epoch {scores.epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
             self._stage(
@@ -95,9 +97,11 @@ class Run:
                 out,
                 detector=scores.detectors,
                 embeddings=embeddings,
+                earlier=before,
                 traces=str(self.folder / "undefended" / "traces"),
                 seed=self.seed,
             )
+            before = embeddings if needs & {*EMBEDDED, *EARLIER} else before
         for arm in self.plan.filters:
             folder = self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}"
             scored = tuple(map(self._scores, arm.epochs))
@@ -179,7 +183,7 @@ class Run:
         stages = [str(self.folder / f"filter-{spec.digest([arm.policy, arm.epoch])}")]
         for epoch in arm.epochs:
             read = [name.partition(":")[2] for name in names if name.startswith(f"{scores_folder(epoch)}:")]
-            if any({"image_embedding", "text_embedding"} & set(spec.parse("detectors", name).needs) for name in read):
+            if any(set(EMBEDDED) & set(spec.parse("detectors", name).needs) for name in read):
                 stages.append(self._embeddings(epoch))
         for stage in stages:
             took = _marker_seconds(stage, self.plan.shards)
@@ -243,7 +247,11 @@ def _check(plan: Config) -> None:
     for scores in plan.scores:
         if scores.epoch not in kept:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
-        scored[scores.epoch] = [spec.text(spec.parse("detectors", d)) for d in scores.detectors]
+        entries = [spec.parse("detectors", text) for text in scores.detectors]
+        for entry in entries:
+            if set(EARLIER) & set(entry.needs) and not scored:
+                raise InputError(f"{spec.text(entry)} compares two epochs: let it score at a later one than the first")
+        scored[scores.epoch] = [spec.text(entry) for entry in entries]
     for arm in plan.filters:
         for detector in _read_by(arm.policy):
             column([f"{scores_folder(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)

@@ -1,18 +1,21 @@
 """The pool: reference rows of the neighbour detectors, drawn from all shards.
 
-Trade-off: a random sample instead of the whole dataset, so that scoring is one pass without an index. Its size is part
-of what a density detector means, and is recorded with the scores.
+Trade-off: a random sample instead of the whole dataset, so that it fits into memory, and scoring is one pass. Its size
+is part of what a density detector means, and is recorded with the scores. It may be the whole dataset (a million rows
+of 512 are 2 GB a column), searched by inverted lists.
 """
 
 import dataclasses
 import hashlib
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from filters._batch import Batch
+from filters._batch import COLUMNS, Batch, Drawn
+from filters._knn import near_within, within
 from pipeline.draw import hash64
 from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
@@ -20,16 +23,23 @@ from pipeline.shard_map import each
 from pipeline.shards import Shard, UidRule, uids
 from pipeline.shards.sample import check_unique
 
+BLOCK = 4096  # rows of the pool whose neighbours are one task
+
 
 @dataclass(frozen=True)
 class Pool:
     rows: Batch
     models: dict[str, str]
-    digest: str
 
 
 def draw_pool(
-    shards: Sequence[Shard], inputs: Inputs, wanted: Collection[str], size: int, seed: int, max_failed: int
+    shards: Sequence[Shard],
+    inputs: Inputs,
+    wanted: Collection[str],
+    size: int,
+    seed: int,
+    max_failed: int,
+    probes: int = 0,
 ) -> Pool:
     """`size` pairs with the smallest hashes of (seed, uid), less unusable ones: the same however the data is sharded.
 
@@ -64,7 +74,21 @@ def draw_pool(
     for name in sorted(wanted):
         values = getattr(rows, name)
         sha256.update(repr(values.tolist()).encode() if values.dtype == object else values.tobytes())
-    return Pool(rows, models, sha256.hexdigest())
+    return Pool(dataclasses.replace(rows, drawn=Drawn(sha256.hexdigest(), probes)), models)
+
+
+def look_within(pool: Batch, wanted: Mapping[tuple[str, ...], int]) -> None:
+    """Find, by columns, how far the k nearest of each row of the pool are there; the pool keeps it, for all shards."""
+    for columns, k in wanted.items():
+        n = len(pool) * len(columns)
+        parts = [slice(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
+        blocks = [_Block(f"the pool's row {part.start}", part) for part in parts]
+        distances = np.empty((n, k), np.float32)
+        for block, found in each("neighbours within the pool", blocks, _Within(columns, k), pool):
+            if isinstance(found, InputError):
+                raise found
+            distances[block.rows] = found.distances
+        pool.found[within(columns)] = (None, distances, np.empty((n, 0), np.int64))
 
 
 def check_one_model(models: dict[str, str], theirs: dict[str, str], shard: str) -> None:
@@ -121,9 +145,31 @@ class _Columns:
         return _Held(len(found), models, found.take(np.flatnonzero(usable)))
 
 
+@dataclass(frozen=True)
+class _Block:
+    path: str
+    rows: slice
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    read: int
+    distances: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Within:
+    columns: tuple[str, ...]
+    k: int
+
+    def __call__(self, block: _Block, pool: Batch) -> _Neighbours:
+        distances, _ = near_within(pool, self.columns, self.k, block.rows)
+        return _Neighbours(len(distances), distances)
+
+
 def _joined(parts: Sequence[Batch]) -> Batch:
     parts = [part for part in parts if len(part)]
     if not parts:
         return Batch(np.empty(0, object))
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(Batch)}
-    return Batch(**{name: np.concatenate(values) for name, values in columns.items()})
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return Batch(**columns)

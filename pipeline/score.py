@@ -1,7 +1,7 @@
 """Run detectors and keep their scores beside the data; nothing is decided here.
 
-Trade-off: every detector sees one shard and one pool of reference rows drawn from all shards, so scoring is one pass
-without an index. The pool's size is part of a density detector's meaning and is recorded with the scores.
+Trade-off: every detector sees one shard and one pool of reference rows drawn from all shards, so scoring is one pass.
+The pool's size is part of a density detector's meaning and is recorded with the scores.
 """
 
 import dataclasses
@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 
 from filters._batch import Batch
+from filters._knn import most
 from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
 from pipeline.ledger import beside, poisoned_uids
+from pipeline.neighbours import Neighbours
 from pipeline.progress import console
-from pipeline.reference import check_one_model, draw_pool
+from pipeline.reference import check_one_model, draw_pool, look_within
 from pipeline.shard_map import Job, check_made_from, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest, uids
 from pipeline.shards.sample import check_unique
 from pipeline.shards.store import absolute, join, stamp
+from train.metrics import wilson
 
 
 def score(
@@ -38,6 +41,7 @@ def score(
     traces: str | None = None,
     ledger: str | None = None,
     pool: int = 16384,
+    probes: int = 0,
     seed: int = 0,
     uid: UidRule = "key",
     max_failed_shards: int = 0,
@@ -53,6 +57,7 @@ def score(
         traces: folder of traces that `mithridate train` wrote for these shards.
         ledger: for `oracle`; default: ledger.parquet beside the shards.
         pool: reference rows of the neighbour detectors, drawn from all shards.
+        probes: search so many inverted lists of a large pool (32, say), not all of it; how much is missed is told.
         seed: another seed draws another pool.
         uid: how a uid is derived where samples carry none; the same as in the steps before.
         max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
@@ -68,7 +73,9 @@ def score(
         known = poisoned_uids(ledger or beside(listed))
     comparing = [entry for entry in entries if getattr(entry, "pools", ())]
     columns = {column for entry in comparing for column in entry.pools}
-    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards) if columns else None
+    if pool < 1 or probes < 0:
+        raise InputError("--pool is at least 1, --probes at least 0")
+    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards, probes) if columns else None
     for entry in comparing:
         if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
             raise InputError(
@@ -82,7 +89,8 @@ def score(
         "model": models.get("embeddings", ""),
         "earlier_model": models.get("earlier", ""),
         "pool": len(reference.rows) if reference else 0,
-        "pool_digest": reference.digest if reference else "",
+        "pool_digest": reference.rows.drawn.digest if reference else "",
+        "probes": probes if reference else 0,
         "seed": seed,
         "uid": uid,
         "inputs": spec.digest([stamp(path) for path in [*inputs.files(listed, needs), *_own_files(entries)]]),
@@ -90,6 +98,8 @@ def score(
         # a summary is of all shards: where one changes, the scores of the others do
         "shards": spec.digest([stamp(shard.path) for shard in listed]) if counting else "",
     }
+    if reference:
+        look_within(reference.rows, most(getattr(entry, "within", {}) for entry in comparing))
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
     work = _Score(tuple(entries), inputs, models, facts)
     job = Job("score", facts, out, max_failed_shards)
@@ -104,6 +114,13 @@ def score(
         unscored = sum(m["facts"]["unscored"][name] for m in markers)
         note = f", {unscored} unscored (taken as most suspicious)" if unscored else ""
         console.print(f"  {name}: {1e6 * spent / max(total, 1):.1f} µs a pair{note}")
+    hits, of = (sum(m["facts"]["recall"][i] for m in markers) for i in (0, 1))
+    if of:
+        low, high = wilson(hits, of)
+        console.print(
+            f"  of the nearest rows {probes} probes found {hits / of:.1%} ({low:.1%}–{high:.1%} of {of:,}, which were "
+            "looked up in the whole pool)"
+        )
     return 0
 
 
@@ -182,6 +199,10 @@ class _Score:
         if known is not None:
             batch = dataclasses.replace(batch, poisoned=np.asarray([u in known for u in content.uids], bool))
         counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
+        if pool is not None:
+            looked_at = self.inputs.files([shard], {*EMBEDDED, *EARLIER} & needs)
+            near = Neighbours.of(out, shard.name, [stamp(path) for path in looked_at])
+            before = near.load(batch, pool)
         columns: dict[str, np.ndarray] = {}
         unscored: dict[str, int] = {}
         for entry in self.entries:
@@ -190,7 +211,8 @@ class _Score:
             columns[name] = np.asarray(entry.score(batch, pool, *summary), np.float32)
             counts.seconds[name] = time.perf_counter() - clock
             unscored[name] = int(np.isnan(columns[name]).sum())
-        counts.facts = {"unscored": unscored, "models": models}
+        recall = near.save(batch, pool, before) if pool is not None else (0, 0)
+        counts.facts = {"unscored": unscored, "models": models, "recall": recall}
         _write(join(out, counts.output), batch.uid, columns, self.facts)
         return counts
 

@@ -157,7 +157,7 @@ class adaptive(Around):
         stay = np.flatnonzero([who not in gone for who in clean.uid])
         there = sorted(chosen)[: round(share * len(clean))]  # in the order of their hashes: no particular ones
         stay = stay[: len(clean) - len(there)]
-        columns = {
+        columns: dict[str, Any] = {
             name: np.concatenate([getattr(clean, name)[stay], getattr(poisons, name)[there]])
             for name in self.detector.needs
         }
@@ -226,7 +226,9 @@ def _batch(rows: Mapping[str, dict[str, np.ndarray]], pairs: Sequence[tuple[str,
     there = [who for _, who in pairs if who in rows]
     if not there:
         raise InputError("adaptive: none of its candidates, or none of its pool, can be decoded and embedded")
-    columns = {name: np.stack([rows[who][name] for who in there]).astype(np.float32) for name in rows[there[0]]}
+    columns: dict[str, Any] = {
+        name: np.stack([rows[who][name] for who in there]).astype(np.float32) for name in rows[there[0]]
+    }
     return Batch(np.asarray(there, dtype=object), **columns)
 
 

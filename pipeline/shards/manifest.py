@@ -64,7 +64,9 @@ class Manifest:
         columns += [_binary(digests[:, i]) for i in range(2)] + [pa.array(self.ranges[:, i]) for i in range(4)]
         table = pa.table(dict(zip(_COLUMNS, columns, strict=True)))
         facts = {b"between": self.between.hex(), b"sha256": self.sha256}
-        sidecars.save(manifest_path(folder, shard_name), table.replace_schema_metadata(facts), compression="zstd")
+        table = table.replace_schema_metadata(facts)
+        # hardly a value occurs twice
+        sidecars.save(manifest_path(folder, shard_name), table, compression="zstd", use_dictionary=False)
 
 
 def manifest_file(shard_name: str) -> str:

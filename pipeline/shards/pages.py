@@ -11,6 +11,8 @@ from pipeline.shards.thrift import I32, I64, STRUCT, Struct, get, read_struct
 MAX_PAGES = 100_000  # of a column chunk
 MAX_PAGE_HEADER_BYTES = 1024**2
 MAX_SLICE_BYTES = 256 * 1024**2  # of the rows that are decoded together
+HARMLESS = 16 * 1024**2  # of a column of a row group, if all its values were the whole dictionary
+WIDEST = 12  # bytes of a number; the width of other values of fixed length is the leaf's
 
 # Field ids and values of parquet.thrift
 VALUES, CODEC = 5, 4  # of ColumnMetaData
@@ -95,10 +97,13 @@ def walk(view: memoryview, chunk: Chunk) -> Pages:
 
 
 def _longest(view: memoryview, chunk: Chunk, header: Struct, start: int, end: int) -> int:
-    """Bytes of the longest value in a dictionary page; where that is dear to find out, of the whole page."""
+    """Bytes of the longest value in a dictionary page; of the whole page where that hurts nobody or is dear to find."""
     size, count = get(header, 2, I32), get(get(header, 7, STRUCT), 1, I32)
+    if chunk.leaf.stored[0] != BYTE_ARRAY:
+        return WIDEST
     codec = {5: "", 7: "lz4_raw"}.get(number := get(chunk.meta, CODEC, I32), CODECS.get(number, ""))
-    if chunk.leaf.stored[0] != BYTE_ARRAY or size < 2**16 or size > MAX_SLICE_BYTES or count > 10**5 or not codec:
+    harmless = get(chunk.meta, VALUES, I64) * size < HARMLESS
+    if harmless or size > MAX_SLICE_BYTES or count > 10**5 or not codec:
         return size
     import pyarrow as pa
 

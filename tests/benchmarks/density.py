@@ -7,7 +7,8 @@ product on this machine, a thread in a process on each core or all threads in on
 all counts. `of_gemm_cpu` is the same in core-seconds on one thread, for when the machine is not idle. The job is what
 `mithridate score` does with the embeddings that `mithridate embed` wrote (fp16 parquet, in the page cache), without
 reading the images: read, join, k-distance, LID, SLOF and DAO with in-batch references of 2048 and k = 16, write the
-scores. Ray has started. The pool is of 100k rows: k-distance, against the product alone.
+scores. Ray has started. The pool is of 100k rows: k-distance, against the product alone. With `--lists N` also a pool
+of N rows by inverted lists, against the same search without them.
 """
 
 import argparse
@@ -16,14 +17,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters._batch import Batch
+from filters._batch import Batch, Drawn
+from filters._knn import neighbours
 from pipeline import spec
 from pipeline.embed import _write as write_embeddings
 from pipeline.embed import embeddings_path
@@ -44,10 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--rows", type=int, default=300_000)
+    parser.add_argument("--lists", type=int, default=0, help="rows of a pool that is searched by lists; 12 KB each")
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(Path(folder), arguments.rows)
+    if arguments.lists:
+        found |= by_lists(arguments.lists)
     if arguments.json:
         print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 
@@ -104,13 +109,42 @@ def on_all_threads() -> float:
 
 def against_pool(folder: Path, cores: int) -> dict[str, float]:
     pool = Batch(np.asarray([f"pool{i}" for i in range(POOL)], object), image_embedding=images(POOL, 10**6))
-    queries = Batch(np.asarray([f"{i}" for i in range(QUERIES)], object), image_embedding=images(QUERIES, 10**6 + 1))
+    queries = _queries(QUERIES)
     product = max(
         on_each_core(cores, _Gemm(SIZE, 4096, QUERIES * POOL // (SIZE * 4096), by)) for by in ("numpy", "torch")
     )
     search = on_each_core(cores, _against_pool, queries, pool)
     say(f"pool of {POOL:,}: {search / 1e9:.0f} GFLOPS of {product / 1e9:.0f} for the product alone")
     return {"pool_of_gemm": search / product, "pool_rows_per_s": search / (2 * POOL * DIMENSIONS)}
+
+
+def by_lists(rows: int) -> dict[str, float]:
+    """On one core: what lists cost to make, and what they save and miss."""
+    name, pool_images = "image_embedding", images(rows, 10**6)
+    pool = Batch(np.asarray([f"pool{i}" for i in range(rows)], object), image_embedding=pool_images)
+    clock = time.perf_counter()
+    exact = neighbours(_queries(2 * QUERIES).take(np.arange(QUERIES // 8)), pool, name, K)[0]
+    a_row = 8 * (time.perf_counter() - clock) / QUERIES
+    found = {}
+    for probes in (8, 32, 128):
+        there, queries = replace(pool, drawn=Drawn("benchmark", probes)), _queries(2 * QUERIES)
+        clock = time.perf_counter()
+        neighbours(_queries(1), there, name, K)
+        made = time.perf_counter() - clock
+        clock = time.perf_counter()
+        distance = neighbours(queries, there, name, K)[0]
+        times = a_row * len(queries) / (time.perf_counter() - clock)
+        recall = float((distance[: len(exact)] <= exact[:, -1:] * (1 + 1e-5)).mean())
+        say(
+            f"pool of {rows:,}, {probes} probes: {times:.1f} times as fast as without lists, {recall:.1%} of the "
+            f"nearest {K} found; the lists took {made:.0f} s, what {made / a_row:,.0f} rows take without"
+        )
+        found |= {f"times_exact_{probes}_probes": times, f"recall_{probes}_probes": recall}
+    return found
+
+
+def _queries(n: int) -> Batch:
+    return Batch(np.asarray([f"{i}" for i in range(n)], object), image_embedding=images(n, 10**6 + 1))
 
 
 @dataclass(frozen=True)

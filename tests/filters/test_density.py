@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from filters import _knn
-from filters._batch import Batch
+from filters._batch import Batch, Drawn
 from filters._density import placed
 from pipeline import spec
 from tests.filters.test_detectors import batch, take
@@ -161,7 +161,7 @@ def test_an_isolation_forest_sees_what_lies_far_out_and_hangs_on_its_seed_alone(
 def test_neighbours_are_searched_once_for_all_detectors(monkeypatch):
     searched = []
     search = _knn.search
-    monkeypatch.setattr(_knn, "search", lambda *a: searched.append(a[-1]) or search(*a))
+    monkeypatch.setattr(_knn, "search", lambda *a: searched.append(a[3]) or search(*a))
     monkeypatch.setattr(_knn, "_largest", {})
     whole, pool = mixed(100, 11), mixed(160, 12)
     for name in (*FORMULAS, "two_sided_density"):
@@ -170,9 +170,67 @@ def test_neighbours_are_searched_once_for_all_detectors(monkeypatch):
     for text in ("lid(k=20)", "slof(k=9)", "dao(k=20)", "kdist(k=5)"):
         detector(text).score(whole, pool)
     assert searched[1:] == [20, 9, 20]  # the pool's own distances are first asked for by slof, k = 9
-    again = dataclasses.replace(pool, image_embedding=pool.image_embedding.copy())
-    detector("slof(k=9)").score(mixed(40, 13), again)  # as another task of the same process sees it
+    detector("slof(k=9)").score(mixed(40, 13), pool)
     assert searched[4:] == [20]
+
+
+def test_a_changed_copy_of_a_batch_forgets_the_neighbours():
+    whole, pool = mixed(60, 1), mixed(90, 2)
+    detector("kdist(k=4)").score(whole, pool)
+    moved = dataclasses.replace(whole, image_embedding=whole.image_embedding + 1)
+    expected = np.sort(distances(moved.image_embedding, pool.image_embedding), axis=1)[:, 3]
+    assert np.allclose(detector("kdist(k=4)").score(moved, pool), expected, rtol=1e-5)
+    other = mixed(90, 3)
+    expected = np.sort(distances(whole.image_embedding, other.image_embedding), axis=1)[:, 3]
+    assert np.allclose(detector("kdist(k=4)").score(whole, other), expected, rtol=1e-5)
+
+
+def clustered(n: int, seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    centre = np.random.default_rng(0).normal(size=(60, 16))
+    rows = centre[rng.integers(60, size=n)] + 0.3 * rng.normal(size=(n, 16))
+    return Batch(np.asarray([f"{seed}-{i}" for i in range(n)], object), image_embedding=rows.astype(np.float32))
+
+
+def listed(pool: Batch, probes: int) -> Batch:
+    return dataclasses.replace(pool, drawn=Drawn(f"{len(pool)} rows, {probes} probes", probes))
+
+
+@pytest.mark.parametrize("name", ["kdist", "lid", "slof", "dao"])
+def test_with_all_lists_probed_the_search_is_exact(name):
+    queries, pool = clustered(300, 1), clustered(4000, 2)
+    pool.image_embedding[7] = np.nan
+    queries.image_embedding[3] = np.nan
+    queries.uid[5] = pool.uid[11]  # its own row in the pool
+    exact = detector(f"{name}(k=8)").score(queries, pool)
+    found = detector(f"{name}(k=8)").score(queries.take(np.arange(300)), listed(pool, 10**6))
+    assert np.flatnonzero(np.isnan(found)).tolist() == [3]
+    assert np.allclose(found, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_few_probes_find_nearly_all_and_say_how_many(monkeypatch):
+    monkeypatch.setattr(_knn, "_largest", {})
+    queries, pool = clustered(500, 1), clustered(20_000, 2)
+    truth, _ = _knn.neighbours(queries.take(np.arange(500)), pool, "image_embedding", 10)
+    recalls = []
+    for probes in (1, 8, 32):
+        there = listed(pool, probes)
+        distance, index = _knn.neighbours(queries, there, "image_embedding", 10)
+        plain = np.linalg.norm(queries.image_embedding[:, None] - pool.image_embedding[index], axis=2)
+        assert np.allclose(distance, plain, rtol=1e-4)
+        hits, of = _knn.recall(queries, there, np.arange(0, 500, 5), ["image_embedding in image_embedding"])
+        right = int((distance <= truth[:, -1:] * (1 + 1e-5))[::5].sum())
+        assert (hits, of) == (right, 1000)
+        recalls.append(hits / of)
+    assert recalls == sorted(recalls) and 0.2 < recalls[0] < recalls[2] and recalls[2] > 0.95
+
+
+def test_rows_whose_lists_are_too_short_are_searched_in_the_whole_pool():
+    queries, pool = clustered(50, 1), clustered(700, 2)
+    truth, _ = _knn.neighbours(queries.take(np.arange(50)), pool, "image_embedding", 300)
+    distance, index = _knn.neighbours(queries, listed(pool, 1), "image_embedding", 300)
+    assert np.allclose(distance, truth, rtol=1e-4)
+    assert all(len(np.unique(row)) == 300 for row in index)
 
 
 def test_what_is_remembered_is_of_the_same_arrays():
@@ -192,7 +250,7 @@ def test_the_search_is_exact_by_numpy_and_by_torch(n, m, k):
     d = distances(rows.astype(float), reference)
     for column in own.T:
         d[np.flatnonzero(column >= 0), column[column >= 0]] = np.inf
-    distance, index = _knn.search(rows, reference, own, min(k, m - 2))
+    distance, index = _knn.search(rows, _knn.Reference.of(reference), own, min(k, m - 2))
     k = distance.shape[1]
     assert np.allclose(distance, np.sort(d, axis=1)[:, :k], rtol=1e-5)
     assert np.allclose(np.take_along_axis(d, index, 1), distance, rtol=1e-5)

@@ -4,12 +4,16 @@ import gzip
 import io
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.shards import Shard, manifest
+from pipeline import sidecars
+from pipeline.shards import Manifest, Shard, manifest
+from pipeline.shards.manifest import read_manifest
 from pipeline.shards.thrift import I64, STRUCT, items, read_struct, written
 from tests.conftest import drawing, encoded
 from tests.fuzz.tars import header, octal
@@ -160,3 +164,27 @@ def test_a_million_members_in_bounded_time_and_memory(tmp_path):
     assert int(found) == 500_000
     assert float(taken) < 60
     assert megabytes < 600
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_large_files_of_our_own_are_no_bombs(tmp_path, dictionary):
+    """A bound that takes every value for the longest of its dictionary refuses a manifest of 10,000 pairs."""
+    n = 120_000
+    rng = np.random.default_rng(0)
+    ranges = np.sort(rng.integers(0, 2**33, (n, 4)), axis=1)
+    sha256 = pa.array([rng.bytes(32) for _ in range(n)], pa.binary(32))
+    names = {"uid": [f"{i:032x}" for i in range(n)], "key": [f"{i:09d}" for i in range(n)]}
+    whole = pa.table({**names, "sha": sha256, **{f"at_{i}": ranges[:, i] for i in range(4)}})
+    poisons = {"shard": [f"{i // 40:08d}.tar" for i in range(n)], "attack": ["patch(target='banana')"] * n}
+    for table in (whole.slice(0, 20_000), whole if not dictionary else whole.slice(0, 90_000), pa.table(poisons)):
+        sidecars.save(str(tmp_path / "a.parquet"), table, compression="zstd", use_dictionary=dictionary)
+        read = sidecars.read(str(tmp_path / "a.parquet"), (), "no remedy", hostile=True)
+        assert read.equals(table)
+
+
+def test_a_manifest_of_a_large_shard_is_read(tmp_path):
+    n = 150_000
+    digests, ranges = bytearray(np.random.default_rng(0).bytes(64 * n)), array("q", range(4 * n))
+    made = Manifest([f"{i:032x}" for i in range(n)], [f"{i:09d}" for i in range(n)], digests, b"", ranges)
+    made.save(str(tmp_path), "00000000")
+    assert read_manifest(str(tmp_path), "00000000").sha256 == made.sha256

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import pairs, write_parquet, write_tar
 
@@ -111,6 +112,54 @@ def test_scores_and_the_pool_do_not_depend_on_the_sharding(tmp_path):
     assert len(results[0][0]["pool_rank(query='image')"]) == 90
     assert results[0][1]["pool_digest"] == results[1][1]["pool_digest"]
     assert results[0][1]["pool"] == 50
+
+
+def test_one_more_detector_takes_the_neighbours_that_others_have_found(tmp_path):
+    folder, out = shards(tmp_path / "in", pairs(0, 60), 20), tmp_path / "s"
+    embedded = embed(folder, tmp_path / "e", "9")
+    detectors = ("slof(k=7)", "caption_neighbours(k=7)")
+    score(str(folder), str(out), detector=detectors, embeddings=embedded, pool=40)
+    expected = all_scores(out)
+    for file in sorted(out.glob("*.neighbours.parquet")):
+        table = pq.read_table(file)
+        name = "image_embedding in image_embedding distance"
+        assert {"uid", name, "text_embedding in text_embedding by cosine row"} < set(table.column_names)
+        values = np.arange(20 * 7, dtype=np.float32).reshape(20, 7)  # to see who takes them
+        told = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 7)
+        pq.write_table(table.set_column(table.column_names.index(name), name, told), file)
+    score(str(folder), str(out), detector=(*detectors, "kdist(k=7)", "lid(k=3)"), embeddings=embedded, pool=40)
+    found = all_scores(out)
+    assert found["caption_neighbours(k=7)"] == expected["caption_neighbours(k=7)"]
+    assert set(found["kdist(k=7, reference='pool', of='image', size=2048)"].values()) == set(range(6, 140, 7))
+    for changed in ({"pool": 39}, {"seed": 1}):  # other neighbours
+        score(str(folder), str(out), detector=("kdist(k=7)",), embeddings=embedded, **({"pool": 40} | changed))
+        assert max(next(iter(all_scores(out).values())).values()) < 6
+    other = embed(folder, tmp_path / "other", "3")
+    score(str(folder), str(out), detector=detectors, embeddings=other, pool=40)
+    fresh = tmp_path / "fresh"
+    score(str(folder), str(fresh), detector=detectors, embeddings=other, pool=40)
+    assert same(all_scores(out), all_scores(fresh), rtol=0, atol=0)
+    for file in out.glob("*.neighbours.parquet"):
+        file.write_bytes(b"PAR1 nothing")
+    score(str(folder), str(out), detector=(*detectors, "random"), embeddings=other, pool=40)
+    assert {name: all_scores(out)[name] for name in all_scores(fresh)} == all_scores(fresh)
+
+
+def test_probes_search_lists_and_say_what_they_miss(tmp_path, capsys):
+    folder = shards(tmp_path / "in", pairs(0, 400), 200)
+    embedded = embed(folder, tmp_path / "e", "9")
+    options = {"detector": ("slof(k=4)", "image_neighbours(k=4)"), "embeddings": embedded, "pool": 390}
+    score(str(folder), str(tmp_path / "exact"), **options)
+    assert "probes" not in capsys.readouterr().err
+    score(str(folder), str(tmp_path / "all"), probes=100, **options)
+    assert "100 probes found 100.0%" in capsys.readouterr().err
+    assert same(all_scores(tmp_path / "exact"), all_scores(tmp_path / "all"), rtol=1e-4, atol=1e-5)
+    score(str(folder), str(tmp_path / "one"), probes=1, **options)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "1 probes found" in line]
+    assert 20 < float(line.partition("found ")[2].partition("%")[0]) < 100
+    assert facts(tmp_path / "one")["probes"] == 1
+    with pytest.raises(InputError, match="at least"):
+        score(str(folder), str(tmp_path / "none"), probes=-1, **options)
 
 
 def test_columns_of_samples_come_from_tar_and_parquet_alike(tmp_path):
