@@ -10,6 +10,7 @@ from train.wordnet import FUNCTION_WORDS, synonyms
 
 KEYS = np.arange(1, 65, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 CAPTION = "a big red dog near the happy automobile, no cat"
+TOKENIZER = open_clip.SimpleTokenizer()
 IMAGE_EDITS = ("crop_and_flip", "jitter_grey_blur", "autoaugment", "noise_and_cutout")
 
 
@@ -62,8 +63,7 @@ def tokens(text: str, n: int = 64, context: int = 24) -> torch.Tensor:
 
 
 def words(row: torch.Tensor) -> list[str]:
-    decode = open_clip.SimpleTokenizer().decode
-    return [decode(list(word)).strip() for word in eda.words_of(row.tolist())]
+    return [TOKENIZER.decode(list(word)).strip() for word in eda.words_of(row.tolist())]
 
 
 def test_eda_makes_one_of_four_edits() -> None:

@@ -157,6 +157,8 @@ def _twin() -> recipes.Recipe:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_workers_train_as_one(
     poisoned: Path, start: str, told: Callable[..., str], tiny: str, tmp_path: Path
 ) -> None:

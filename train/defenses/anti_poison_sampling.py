@@ -65,10 +65,15 @@ class anti_poison_sampling(Defense):
         parts = list(encoded(trainer, self.memory["pool"]))
         rows = gathered(torch.from_numpy(np.concatenate([rows for rows, _, _ in parts])).to(trainer.device))
         image, text = gathered(torch.cat([x for _, x, _ in parts])), gathered(torch.cat([x for _, _, x in parts]))
+        rows, by = rows.sort()
+        image, text = image[by], text[by]
         k = min(self.k, len(rows) - 1)
         score = torch.zeros(len(trainer.index), device=trainer.device)
+        # copies of a caption tie up to rounding: the first rows win, whichever rank and batch they are scored in
+        first = torch.arange(len(rows), device=trainer.device) * -1e-9
         for own, pictures, captions in encoded(trainer):
             at = torch.from_numpy(own).to(trainer.device)
-            near = (captions @ text.T).masked_fill(at[:, None] == rows[None], -2.0).topk(k, dim=1).indices
+            near = ((captions @ text.T).double() * 1e4).round() / 1e4 + first
+            near = near.masked_fill(at[:, None] == rows, -2.0).topk(k, dim=1).indices
             score[at] = 1 - torch.einsum("nd,nkd->nk", pictures, image[near]).mean(1)
         return summed(score)
