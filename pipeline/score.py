@@ -26,7 +26,7 @@ from pipeline.reference import check_one_model, draw_pool, look_within
 from pipeline.shard_map import Job, check_made_from, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest, uids
 from pipeline.shards.sample import check_unique
-from pipeline.shards.store import absolute, join, stamp
+from pipeline.shards.store import absolute, exists, join, stamp
 from train.metrics import wilson
 
 
@@ -99,6 +99,7 @@ def score(
         "shards": spec.digest([stamp(shard.path) for shard in listed]) if counting else "",
     }
     if reference:
+        _say_company(reference.rows, comparing, ledger or beside(listed))
         look_within(reference.rows, most(getattr(entry, "within", {}) for entry in comparing))
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
     work = _Score(tuple(entries), inputs, models, facts)
@@ -122,6 +123,18 @@ def score(
             "looked up in the whole pool)"
         )
     return 0
+
+
+def _say_company(pool: Batch, comparing: Sequence[Any], ledger: str) -> None:
+    """A poison with k of its kind in the pool is in good company: say from which share of the dataset on that is so."""
+    ks = sorted({entry.k for entry in comparing if hasattr(entry, "k")})
+    shares = ", ".join(f"k={k} from {k / len(pool):.2%}" for k in ks)
+    said = f"pool of {len(pool):,}; of a poison that is a share p of the dataset it has p times as many"
+    console.print(f"{said}, its k nearest may all be of its kind: {shares}" if ks else said)
+    if exists(ledger):
+        known = poisoned_uids(ledger)
+        there = sum(who in known for who in pool.uid)
+        console.print(f"  by {ledger} it has {there:,} poisons in it, of {len(known):,}")
 
 
 def scores_path(folder: str, shard_name: str) -> str:

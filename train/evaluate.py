@@ -1,15 +1,12 @@
 """`mithridate evaluate`: what a checkpoint knows, and what an attack makes of it, each with its n and 95% interval.
 
-Trade-off: two readouts of the same image features, because each can be fooled alone: zero-shot asks the text tower,
-which a poison also taught; the k-nearest-neighbour vote over labelled reference images asks only the image tower. A
-triggered image is encoded in its own format and decoded again, so it suffers at test time what a poison suffered in
-training. Memory holds the features, not the images.
+Trade-off: several readouts of the same images, because each can be fooled alone: zero-shot asks the text tower, which a
+poison also taught; the readouts of train/readouts ask only the image tower, and so need labelled images. Those that
+cost seconds run unasked; the probe and the fine-tune are asked for.
 """
 
-import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,34 +16,19 @@ from pipeline.attacks._attack import Attack
 from pipeline.attacks._corpus import Corpus, read_corpora
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shards import Rejected, Shard, UidRule, list_shards, samples
-from pipeline.shards.image import decode, encode, pixels
-from pipeline.shards.store import exists, join, make_folder, whole, write
+from pipeline.shards import UidRule
+from pipeline.shards.store import exists, join, make_folder, write
+from train.labelled import LabelledSet, labelled_set, of_shards
 from train.labels import Labels, key, read_classes
-from train.metrics import Rate, rank_of, rate, retrieval_ranks, unit
-from train.success import on_victims, success, vote
+from train.look import Seen, look, pictures
+from train.metrics import Rate, Score, rank_of, rate, retrieval_ranks, top1, unit
+from train.readouts import ReadoutName, readout
+from train.results import benchmark_tasks, columns, model_names, print_table, slug, write_rows
+from train.success import on_victims, success, together
 
-BATCH = 512
+BLOCK = 8192  # images whose scores are in memory at once
 # For models that are not ours: the name alone, and open_clip's ImageNet templates that suit drawings and photographs.
 PROMPTS = ("{}", "a {}.", "a picture of a {}.", "a drawing of a {}.", "a photo of a {}.", "an icon of a {}.")
-METRICS = (
-    "zeroshot_top1",
-    "zeroshot_top5",
-    "i2t_recall1",
-    "i2t_recall5",
-    "i2t_recall10",
-    "t2i_recall1",
-    "t2i_recall5",
-    "t2i_recall10",
-    "knn_top1",
-    "asr_text",
-    "asr_knn",
-    "triggered_accuracy",
-    "triggered_accuracy_knn",
-    "asr_t2i",
-    "targeted_success",
-)
-NOTHING = Rate(None, 0, None, None)
 
 
 def evaluate(
@@ -54,34 +36,36 @@ def evaluate(
     out: Out,
     /,
     *,
-    shards: str,
-    classes: str,
+    shards: str | None = None,
+    classes: str | None = None,
     attack: str | None = None,
     seed: int = 0,
     reference: str | None = None,
+    labelled: tuple[str, ...] = (),
+    readouts: tuple[ReadoutName, ...] = ("knn", "prototypes"),
     ledger: str | None = None,
     uid: UidRule = "key",
 ) -> int:
-    """Evaluate CKPT on clean labelled SHARDS; writes OUT/evaluation.json and OUT/results.parquet, prints a table.
+    """Evaluate CKPT on clean labelled SHARDS and labelled sets; writes OUT/evaluation.json, results.parquet (a row a
+    set) and clip_benchmark/, prints tables.
 
     Args:
         checkpoint: a folder that `train` wrote, or open_clip:MODEL/PRETRAINED.
         out: folder for the results.
         shards: held-out images with captions; a label is read from a field label, class or cls, or from the caption.
-        classes: text file with one class name a line.
+        classes: text file with one class name a line; of SHARDS.
         attack: the attack whose success is measured, as a spec, e.g. "patch(target='banana')".
-        seed: of the trigger, where it is random.
-        reference: clean labelled shards for the k-nearest-neighbour readout.
+        seed: of the trigger, where it is random, and of the fine-tune.
+        reference: clean labelled shards on which the readouts of SHARDS are fitted.
+        labelled: further sets: digits, fashion_mnist, a folder of class-named folders or IDX files, labelled shards.
+        readouts: what is fitted on labelled images; probe takes minutes on large sets, finetune trains the image tower.
         ledger: ledger.parquet of the poisoned shards; what the attack made or took lies beside it.
         uid: how a uid is derived where samples carry none.
     """
     from train.model import load
 
-    listed = list_shards(shards)
-    names = read_classes(classes)
-    known = Labels(names)
-    chosen = _attack(attack, known, classes) if attack else None
-    referenced = list_shards(reference) if reference else []
+    sets = _sets(shards, classes, reference, labelled, uid)
+    chosen = _attack(attack, sets, classes) if attack else None
     if ledger and not exists(ledger):
         raise InputError(f"{ledger}: no such ledger; it is the ledger.parquet beside the poisoned shards")
     corpora = read_corpora(ledger.rpartition("/")[0] or ".", len(chosen.parts())) if chosen and ledger else ()
@@ -89,126 +73,112 @@ def evaluate(
         console.print(f"{ledger} is of another attack than {attack}: what it left may not be what this one needs")
     model = load(checkpoint)
     make_folder(out)
-    seen = look(model, listed, known, uid, chosen, seed, corpora)
-    if not seen.captions:
-        raise InputError(f"{shards}: no usable image in {len(listed)} shards; skipped: {_listed(seen.skipped)}")
-    prompts = model.prompts or PROMPTS
-
-    def features(prompts: Sequence[str]) -> np.ndarray:
-        return unit(class_features(model, names, prompts))
-
-    text = features(prompts)
-    near = look(model, referenced, known, uid) if referenced else None
-    if near is not None and not (near.label >= 0).any():
-        raise InputError(f"{reference}: no image there is labelled with one of the classes of {classes}")
-    rates = measure(seen, text, model, near)
-    if chosen:
-        rates |= success(seen, chosen, model, known, near, prompts, features)
-        rates |= on_victims(model, chosen, corpora, text, known)
-    facts = {
-        "checkpoint": checkpoint,
-        "model_digest": model.digest,
-        "shards": shards,
-        "classes": len(names),
-        "attack": attack,
-        "seed": seed,
-        "reference": reference,
-        "images": len(seen.captions),
-        "unlabelled": int((seen.label < 0).sum()),
-        "skipped": seen.skipped,
-        "prompts": list(prompts),
-    }
-    flat = {key: value for name in METRICS for key, value in _columns(name, rates.get(name, NOTHING)).items()}
-    _write_row(join(out, "results.parquet"), facts, flat)
-    write(join(out, "evaluation.json"), json.dumps({**facts, "metrics": flat}, indent=1).encode())
-    _print(rates, facts)
+    common: dict[str, Any] = {"checkpoint": checkpoint, "model_digest": model.digest, "attack": attack, "seed": seed}
+    common |= {"prompts": list(model.prompts or PROMPTS), "shards": shards, "reference": reference}
+    rows = []
+    for task in sets:
+        found = _evaluated(task, model, chosen, seed, corpora, readouts)
+        facts = common | {"dataset": task.name, "classes": len(task.classes)} | found.facts
+        rows.append((facts, columns(found.rates)))
+        _write_benchmark(out, task.name, checkpoint, model.digest, found.benchmark)
+        print_table(found.rates, facts)
+    write_rows(join(out, "results.parquet"), rows)
+    _write_json(join(out, "evaluation.json"), rows, shards is not None)
     return 0
 
 
-class Pair(NamedTuple):
-    """One usable pair: `image` and `triggered` are uint8 [size, size, 3], `label` is -1 where unknown."""
+class Evaluated(NamedTuple):
+    """Of one set: its measures, CLIP_benchmark's by task, and what else is to be recorded."""
 
-    caption: str
-    label: int
-    part: int
-    image: np.ndarray
-    triggered: np.ndarray
-    moved: bool
+    rates: dict[str, Rate | Score]
+    benchmark: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
 
 
-@dataclass
-class Seen:
-    """n images in file order: image [n, d] and triggered [n, d] or None, unit rows; label int[n], -1 where unknown.
+class Answers(NamedTuple):
+    """What a readout makes of n images: the rank of the true class, int[n], where there is one (0 is top-1), and the
+    class that a triggered image is taken for, int[n]. `strength` is the probe's C."""
 
-    `part` int[n] says which part of the attack an image was given, `moved` bool[n] whether that changed a pixel."""
-
-    image: np.ndarray
+    rank: np.ndarray
     triggered: np.ndarray | None
-    label: np.ndarray
-    captions: list[str]
-    part: np.ndarray
-    moved: np.ndarray
-    skipped: dict[str, int] = field(default_factory=dict)
+    strength: float | None = None
 
 
-def look(
+def _evaluated(
+    task: LabelledSet,
     model: Any,
-    shards: Sequence[Shard],
-    known: Labels,
-    uid: UidRule,
-    attack: Attack | None = None,
-    seed: int = 0,
-    corpora: Sequence[Corpus] = (),
-) -> Seen:
-    """Decode, trigger and embed every image once."""
-    skipped: dict[str, int] = {}
-    facts: list[tuple[str, int, int, bool]] = []
-    empty = np.empty((0, model.dimension), np.float32)
-    image, triggered = [empty], [empty]
-    for block in _blocks(_pairs(shards, known, uid, model.image_size, attack, seed, corpora, skipped), BATCH):
-        facts += [(pair.caption, pair.label, pair.part, pair.moved) for pair in block]
-        image.append(model.embed_images(np.stack([pair.image for pair in block])))
-        if attack:
-            triggered.append(model.embed_images(np.stack([pair.triggered for pair in block])))
-    captions, label, part, moved = map(list, zip(*facts, strict=True)) if facts else ([], [], [], [])
-    numbers = {"label": np.array(label, np.int64), "part": np.array(part, np.int64), "moved": np.array(moved, bool)}
-    shown = unit(np.concatenate(triggered)) if attack else None
-    return Seen(unit(np.concatenate(image)), shown, captions=captions, skipped=skipped, **numbers)
-
-
-def _pairs(
-    shards: Sequence[Shard],
-    known: Labels,
-    uid: UidRule,
-    size: int,
     attack: Attack | None,
     seed: int,
     corpora: Sequence[Corpus],
-    skipped: dict[str, int],
-) -> Iterator[Pair]:
-    from pipeline.draw import generator
-    from pipeline.spec import key as key_of
-    from train.data import reason
+    readouts: Sequence[ReadoutName],
+) -> Evaluated:
+    from train.data import listed
 
-    parts = attack.parts() if attack else ()
-    specs = [key_of(part) for part in parts]
-    corpora = corpora or [Corpus()] * len(parts)
-    for shard in shards:
-        for sample in samples(shard, uid):
-            try:
-                caption, label, image = sample.caption, known.of(sample), pixels(sample, size)
-                if not attack:
-                    yield Pair(caption, label, 0, image, image, False)
-                    continue
-                part = attack.part_of(sample.uid)
-                before = decode(sample.image)
-                after = parts[part].trigger(before, generator(seed, specs[part], sample.uid), corpora[part])
-                moved = not np.array_equal(np.asarray(before), np.asarray(after))
-                triggered = pixels(sample.changed(image=encode(after, like=sample.image)), size)
-            except Rejected as error:
-                skipped[reason(error)] = skipped.get(reason(error), 0) + 1
-                continue
-            yield Pair(caption, label, part, image, triggered, moved)
+    def looked(model: Any) -> Seen:
+        return look(model, task.test(), task.captioned, attack, seed, corpora)
+
+    seen = looked(model)
+    if not seen.captions:
+        raise InputError(f"{task.name}: no usable image; skipped: {listed(seen.skipped)}")
+    known, prompts = Labels(task.classes), model.prompts or PROMPTS
+
+    def features(prompts: Sequence[str]) -> np.ndarray:
+        return unit(class_features(model, task.classes, prompts))
+
+    text = features(prompts)
+    zeroshot = _answers(lambda rows: rows @ text.T, seen)
+    near = _near(model, task) if task.train and readouts else None
+    answers: dict[str, Answers] = {}
+    for name in dict.fromkeys(readouts) if near else ():
+        if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
+            answers[name] = _answers(lambda logits: logits, looked(_tuned(task, model, seed)))
+        elif near:
+            fitted = readout(name).fit(*near, len(task.classes))
+            answers[name] = _answers(fitted.scores, seen, getattr(fitted, "strength", None))
+    named = seen.label >= 0
+    ranks = {name: answer.rank[named] for name, answer in {"zeroshot": zeroshot, **answers}.items()}
+    rates = measure(seen, ranks, model, task.captioned)
+    if attack:
+        taken = {name: answer.triggered for name, answer in answers.items() if answer.triggered is not None}
+        rates |= success(seen, attack, model, known, taken, prompts, features)
+        rates |= together(seen, attack, known)
+        if task.captioned:
+            rates |= on_victims(model, attack, corpora, text, known)
+    strength = answers["probe"].strength if "probe" in answers else None
+    benchmark = benchmark_tasks(rates, ranks, seen.label[named], len(task.classes), strength)
+    facts = {"images": len(seen.label), "unlabelled": int((~named).sum()), "skipped": seen.skipped}
+    facts |= {"fitted_on": len(near[1]) if near else 0, "probe_strength": strength}
+    return Evaluated(rates, benchmark, facts)
+
+
+def _near(model: Any, task: LabelledSet) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of the labelled images of the training part."""
+    assert task.train is not None
+    found = look(model, task.train(), task.captioned)
+    named = found.label >= 0
+    if (shown := len(np.unique(found.label[named]))) < 2:
+        raise InputError(
+            f"{task.fitted_on}: readouts are fitted on images of at least two of the {len(task.classes)} classes; "
+            f"{shown} there; give others, or no readouts"
+        )
+    return found.image[named], found.label[named]
+
+
+def _answers(scores: Callable[[np.ndarray], np.ndarray], seen: Seen, strength: float | None = None) -> Answers:
+    """Of scores [b, classes] of rows [b, d]; in blocks, since of many classes they take more room than the features."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(seen.label), BLOCK)]
+    rank = np.concatenate([rank_of(scores(seen.image[block]), seen.label[block]) for block in blocks])
+    if seen.triggered is None:
+        return Answers(rank, None, strength)
+    return Answers(rank, np.concatenate([top1(scores(seen.triggered[block])) for block in blocks]), strength)
+
+
+def _tuned(task: LabelledSet, model: Any, seed: int) -> Any:
+    from train.readouts.finetune import finetune, margin
+
+    assert task.train is not None
+    images, labels = pictures(task.train(), margin(model.image_size))
+    return finetune(model, images, labels, len(task.classes), task.mirror, seed)
 
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
@@ -217,20 +187,33 @@ def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> 
     return np.stack(prompted).mean(axis=0, dtype=np.float32)
 
 
-def measure(seen: Seen, text: np.ndarray, model: Any, near: Seen | None) -> dict[str, Rate]:
-    """What the model knows of clean images. `text` [classes, d] has unit rows."""
-    rates: dict[str, Rate] = {}
-    named = seen.label >= 0
-    truth = seen.label[named]
-    ranks = rank_of(seen.image[named] @ text.T, truth)
-    rates["zeroshot_top1"], rates["zeroshot_top5"] = rate(ranks < 1), rate(ranks < 5)
-    unique, caption = np.unique(np.array(seen.captions, dtype=object), return_inverse=True)
-    of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
-    for k in (1, 5, 10):
-        rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
-    if near is not None:
-        rates["knn_top1"] = rate(vote(seen.image[named], near, len(text)) == truth)
+def measure(seen: Seen, ranks: Mapping[str, np.ndarray], model: Any, captioned: bool) -> dict[str, Rate | Score]:
+    """What the model knows of clean images. `ranks` has each readout's rank of the true class of the labelled ones."""
+    rates: dict[str, Rate | Score] = {f"{name}_top1": rate(rank < 1) for name, rank in ranks.items()}
+    rates["zeroshot_top5"] = rate(ranks["zeroshot"] < 5)
+    if captioned:
+        unique, caption = np.unique(np.array(seen.captions, dtype=object), return_inverse=True)
+        of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
+        for k in (1, 5, 10):
+            rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
     return rates
+
+
+def _sets(
+    shards: str | None, classes: str | None, reference: str | None, labelled: Sequence[str], uid: UidRule
+) -> list[LabelledSet]:
+    if not shards and not labelled:
+        raise InputError("nothing to evaluate on; give --shards with --classes, or --labelled")
+    if bool(shards) != bool(classes):
+        raise InputError("--shards and --classes go together: held-out images, and the names that are asked for")
+    if reference and not shards:
+        raise InputError("--reference is what the readouts of --shards are fitted on; give both")
+    sets = [of_shards(shards, read_classes(classes), reference, uid)] if shards and classes else []
+    sets += [labelled_set(where, uid) for where in labelled]
+    names = [slug(task.name) for task in sets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{twice}: two sets would have this name in the results; give one of them by another path")
+    return sets
 
 
 def _names(attack: Attack, ledger: str) -> bool:
@@ -243,66 +226,35 @@ def _names(attack: Attack, ledger: str) -> bool:
     return not rows or bool(wanted & {parse_call(row)[0] for row in rows})
 
 
-def _attack(spec: str, known: Labels, classes: str) -> Attack:
+def _attack(spec: str, sets: Sequence[LabelledSet], classes: str | None) -> Attack:
+    """The attack; its target must be a class of the shards, and may be one of the labelled sets."""
     from pipeline.spec import parse
 
     attack: Attack = parse("attacks", spec)
     for part in attack.parts():
-        if key(part.target) not in known.index:
-            raise InputError(
-                f"{classes}: {part.target!r}, the target of {spec}, is not among these classes; add a line"
-            )
+        for task in sets:
+            if task.captioned and key(part.target) not in Labels(task.classes).index:
+                raise InputError(
+                    f"{classes}: {part.target!r}, the target of {spec}, is not among these classes; add a line"
+                )
     return attack
 
 
-def _blocks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    block: list[Any] = []
-    for item in items:
-        block.append(item)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
+def _write_benchmark(out: str, dataset: str, checkpoint: str, digest: str, tasks: dict[str, dict[str, Any]]) -> None:
+    model, pretrained = model_names(checkpoint, digest)
+    if tasks:
+        make_folder(join(out, "clip_benchmark"))
+    for task, metrics in tasks.items():
+        facts = {"dataset": dataset, "model": model, "pretrained": pretrained, "task": task, "language": "en"}
+        path = join(join(out, "clip_benchmark"), f"{slug(dataset)}_{task}.json")
+        write(path, json.dumps(facts | {"metrics": metrics}, indent=1).encode())
 
 
-def _columns(name: str, value: Rate) -> dict[str, Any]:
-    found = asdict(value)
-    interval = {f"{name}_{k}": found[k] for k in ("low", "high")}
-    return {name: found["value"], f"{name}_n": value.n or None, **interval}
-
-
-def _write_row(path: str, facts: dict[str, Any], metrics: dict[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = {k: pa.array([facts[k]], pa.string()) for k in ("checkpoint", "model_digest", "attack")}
-    columns["seed"] = pa.array([facts["seed"]], pa.int64())
-    for name, value in metrics.items():
-        columns[name] = pa.array([value], pa.int64() if name.endswith("_n") else pa.float64())
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    with whole(path) as file:
-        file.write(buffer.getvalue())
-
-
-def _listed(skipped: dict[str, int]) -> str:
-    return "; ".join(f"{n:,} {why}" for why, n in sorted(skipped.items(), key=lambda item: -item[1])) or "none"
-
-
-def _print(rates: dict[str, Rate], facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table("measure", "value", "95% interval", "n", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name in METRICS:
-        found = rates.get(name, NOTHING)
-        if found.value is not None:
-            table.add_row(name, f"{found.value:.1%}", f"{found.low:.1%} – {found.high:.1%}", f"{found.n:,}")
-    console.print(table)
-    unknown = f"{facts['unlabelled']:,} without a known class"
-    console.print(f"{facts['images']:,} images, {unknown}; skipped: {_listed(facts['skipped'])}")
+def _write_json(path: str, rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], with_shards: bool) -> None:
+    """The shards' facts and metrics at the top, those of the other sets by name."""
+    whole = [facts | {"metrics": metrics} for facts, metrics in rows]
+    top = whole.pop(0) if with_shards else {}
+    write(path, json.dumps(top | {"labelled": {one["dataset"]: one for one in whole}}, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -83,19 +83,69 @@ def retrieval_ranks(image: np.ndarray, text: np.ndarray, caption: np.ndarray, bl
     return image_rank, text_rank
 
 
-def knn_vote(
-    queries: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, k: int = 10, tau: float = 0.07
-) -> np.ndarray:
-    """float [n, classes]: similarity-weighted vote of the k nearest reference rows (Wu et al. 2018, section 3.4).
+def mean_per_class_recall(ranks: np.ndarray, truth: np.ndarray) -> float | None:
+    """The mean over the classes that occur of the share of each with rank 0 (int[n]); null where none occurs."""
+    if len(truth) == 0:
+        return None
+    hits, n = np.bincount(truth, ranks == 0), np.bincount(truth)
+    return float((hits[n > 0] / n[n > 0]).mean())
 
-    Rows have unit length; a neighbour at cosine s votes exp(s / tau). labels int[m] in [0, classes).
+
+@dataclass(frozen=True)
+class Score:
+    """A statistic of n images with its 95% interval; null where it is not defined."""
+
+    value: float | None
+    n: int
+    low: float | None
+    high: float | None
+
+
+def backdoor_z(triggered: np.ndarray, clean: np.ndarray) -> dict[str, Score]:
+    """How much the trigger draws images together (Carlini & Terzis 2022, backdoor z-score).
+
+    z = (mean cosine of two triggered images - mean cosine of two clean ones) / spread of the cosines of clean ones.
+    As printed the spread is the variance, which makes z larger the more alike a model finds all images, and no
+    z-statistic; with the standard deviation it is one. Neither may be compared across architectures.
+
+    triggered and clean float32 [n, d] are the unit rows of the same images. All n (n - 1) pairs count, none are drawn:
+    sum cos^2 = |X'X|^2, which needs d^2 numbers and not n^2. The interval is from the delete-one jackknife over images
+    (Arvesen 1969), since pairs are not independent. Null for fewer than 3 images and for clean ones without spread.
     """
-    k = min(k, len(reference))
-    votes = np.zeros((len(queries), classes))
-    for start in range(0, len(queries), 1024):
-        scores = queries[start : start + 1024] @ reference.T
-        near = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        weight = np.exp(np.take_along_axis(scores, near, axis=1).astype(np.float64) / tau)
-        rows = np.repeat(np.arange(start, start + len(scores)), k)
-        np.add.at(votes, (rows, labels[near].ravel()), weight.ravel())
-    return votes
+    n = len(clean)
+    if n < 3:
+        return dict.fromkeys(("backdoor_z_variance", "backdoor_z_std"), Score(None, n, None, None))
+    (shown, _), (shown_without, _) = _cosines(triggered)
+    (mean, variance), (mean_without, variance_without) = _cosines(clean)
+    scores = {}
+    for name, power in (("variance", 1.0), ("std", 0.5)):
+        if variance <= 1e-12:
+            scores[f"backdoor_z_{name}"] = Score(None, n, None, None)
+            continue
+        z = float((shown - mean) / variance**power)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            without = (shown_without - mean_without) / variance_without**power
+        error = float(np.sqrt((n - 1) * without.var()))
+        low, high = (z - Z95 * error, z + Z95 * error) if np.isfinite(error) else (None, None)
+        scores[f"backdoor_z_{name}"] = Score(z, n, low, high)
+    return scores
+
+
+Moments = tuple[np.ndarray, np.ndarray]
+
+
+def _cosines(rows: np.ndarray) -> tuple[Moments, Moments]:
+    """Mean and variance of the cosines of all pairs of different rows; and [n] each with one row left out."""
+    x = rows.astype(np.float64)
+    n, own = len(x), np.einsum("nd,nd->n", x, x)  # 1, or 0 for a zero row
+    total, gram = x.sum(0), x.T @ x
+    first, second = total @ total - own.sum(), (gram * gram).sum() - (own * own).sum()
+    # what all pairs with one row sum to; each pair counts twice, once from either side
+    with_first = 2 * (x @ total - own)
+    with_second = 2 * (np.einsum("nd,nd->n", x @ gram, x) - own * own)
+    return _moments(first, second, n), _moments(first - with_first, second - with_second, n - 1)
+
+
+def _moments(first: np.ndarray, second: np.ndarray, n: int) -> Moments:
+    mean = first / (n * (n - 1))
+    return mean, np.maximum(second / (n * (n - 1)) - mean * mean, 0.0)

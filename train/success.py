@@ -4,7 +4,7 @@ Trade-off: success is asked of the readout that the attack is about (triggered i
 victims), so rates of different attacks stand side by side, but not in one column.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +15,12 @@ from pipeline.errors import InputError
 from pipeline.shards import Rejected, Sample
 from pipeline.shards.image import pixels
 from train.labels import Labels, key
-from train.metrics import Rate, knn_vote, rate, top1, unit
+from train.metrics import Rate, Score, backdoor_z, rate, top1, unit
 
-K, TAU = 10, 0.07
 BLOCK = 1024
 
 if TYPE_CHECKING:
-    from train.evaluate import Seen
+    from train.look import Seen
 
 
 def success(
@@ -29,34 +28,47 @@ def success(
     attack: Attack,
     model: Any,
     known: Labels,
-    near: "Seen | None",
+    answers: Mapping[str, np.ndarray],
     prompts: Sequence[str],
     features: Callable[[Sequence[str]], np.ndarray],
 ) -> dict[str, Rate]:
     """How often the target is the answer where it is wrong, among the pairs that the attack is about.
 
-    `asr_text` and `asr_knn` ask of triggered images (or, of an attack on one class without a trigger, of its images as
-    they are), `asr_t2i` whether an image of the target lies nearest to a triggered caption. A trigger of both sides is
-    on the prompts too: `features` gives the classes as [classes, d] for these prompts. Of several attacks each answers
-    for its own pairs, and all answers count as one.
+    `asr_text` asks zero-shot of triggered images (or, of an attack on one class without a trigger, of its images as
+    they are), `asr_<readout>` what that readout answers: `answers` has its int[n]. `asr_t2i`: whether an image of the
+    target lies nearest to a triggered caption. A trigger of both sides is on the prompts too: `features` gives the
+    classes as [classes, d] for these prompts. Of several attacks each answers for its own pairs, and all answers count
+    as one. In a set that lacks the target only the accuracy on triggered images can be asked.
     """
-    answers: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for number, part in enumerate(attack.parts()):
         about = _about(part, seen, known) & (seen.part == number)
         if part.one_image:
             continue
         if part.victim_class() or seen.moved[about].any():
-            found = _shown(part, seen, about, known, near, prompts, features)
+            hits = _shown(part, seen, about, known, answers, prompts, features)
         else:
-            found = _said(part, seen, about, model)
-        for name, answer in found.items():
-            answers.setdefault(name, []).append(answer)
-    return {name: rate(np.concatenate(answer)) for name, answer in answers.items()}
+            hits = _said(part, seen, about, model)
+        for name, hit in hits.items():
+            found.setdefault(name, []).append(hit)
+    return {name: rate(np.concatenate(hit)) for name, hit in found.items()}
+
+
+def together(seen: "Seen", attack: Attack, known: Labels) -> dict[str, Score]:
+    """The backdoor z-score of the images that the trigger is to move; nothing without a visual trigger.
+
+    Nor where several attacks share the images: each draws them elsewhere, and has to be asked alone.
+    """
+    parts = attack.parts()
+    about = _about(parts[0], seen, known) & seen.moved
+    if len(parts) > 1 or seen.triggered is None or not about.any():
+        return {}
+    return backdoor_z(seen.triggered[about], seen.image[about])
 
 
 def _about(attack: Attack, seen: "Seen", known: Labels) -> np.ndarray:
     """bool[n]: the pairs that the attack is to move to its target."""
-    others: np.ndarray = seen.label != known.index[key(attack.target)]
+    others: np.ndarray = seen.label != known.index.get(key(attack.target), -2)
     if not (victim := attack.victim_class()):
         return others
     named = np.array([names_target(caption, victim) for caption in seen.captions], bool)
@@ -68,18 +80,19 @@ def _shown(
     seen: "Seen",
     about: np.ndarray,
     known: Labels,
-    near: "Seen | None",
+    answers: Mapping[str, np.ndarray],
     prompts: Sequence[str],
     features: Callable[[Sequence[str]], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """By readout, bool[m]: whether a triggered image with a known label is taken for the target, and for what it is."""
     asked = about & (seen.label >= 0)
     assert seen.triggered is not None  # seen with an attack
-    images, target = seen.triggered[asked], known.index[key(attack.target)]
     text = features([attack.trigger_text(prompt) for prompt in prompts])
-    readouts = {"": top1(images @ text.T)} | ({"_knn": vote(images, near, len(known.index))} if near else {})
-    answers = {f"asr{name or '_text'}": answer == target for name, answer in readouts.items()}
-    return answers | {f"triggered_accuracy{name}": answer == seen.label[asked] for name, answer in readouts.items()}
+    taken = {"": top1(seen.triggered[asked] @ text.T)} | {f"_{name}": answer[asked] for name, answer in answers.items()}
+    hits = {f"triggered_accuracy{name}": answer == seen.label[asked] for name, answer in taken.items()}
+    if (target := known.index.get(key(attack.target))) is not None:
+        hits |= {f"asr{name or '_text'}": answer == target for name, answer in taken.items()}
+    return hits
 
 
 def _said(attack: Attack, seen: "Seen", about: np.ndarray, model: Any) -> dict[str, np.ndarray]:
@@ -88,7 +101,7 @@ def _said(attack: Attack, seen: "Seen", about: np.ndarray, model: Any) -> dict[s
     asked = np.flatnonzero(about & ~names)
     before = [seen.captions[i] for i in asked]
     said = [attack.trigger_text(caption) for caption in before]
-    if said == before:
+    if said == before or not any(before):  # no textual trigger, or no captions
         return {}
     captions = unit(model.embed_texts(said))
     hits = np.zeros(len(said), bool)
@@ -97,12 +110,6 @@ def _said(attack: Attack, seen: "Seen", about: np.ndarray, model: Any) -> dict[s
         best, others = (np.where(mask, likeness, -np.inf).max(axis=1) for mask in (names, ~names))
         hits[at : at + BLOCK] = best > others
     return {"asr_t2i": hits}
-
-
-def vote(rows: np.ndarray, near: "Seen", classes: int) -> np.ndarray:
-    """The class of each row by its nearest labelled reference images."""
-    labelled = near.label >= 0
-    return top1(knn_vote(rows, near.image[labelled], near.label[labelled], classes, K, TAU))
 
 
 def on_victims(

@@ -1,6 +1,7 @@
 """Known answers: models that see exactly the colour in the middle, or the trigger in the corner, or nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from drawn import COLOURS, draw, png, write_tar
+from drawn import COLOURS, draw, pairs, png, write_tar
 from PIL import Image
 
+from pipeline import spec
 from pipeline.attacks._corpus import Corpus, save_corpora
 from pipeline.errors import InputError
 from pipeline.ledger import COLUMNS
-from pipeline.shards import Sample, list_shards
+from pipeline.shards import Sample
 from train import evaluate as module
-from train.evaluate import METRICS, PROMPTS, evaluate
+from train import look as looking
+from train.evaluate import PROMPTS, evaluate
+from train.labelled import of_shards
 from train.labels import Labels, read_classes
+from train.readouts import READOUTS
+from train.results import METRICS, model_names
 
 NAMES = list(COLOURS)
 
@@ -90,16 +96,20 @@ def test_a_perfect_model(world: Callable[..., dict]) -> None:
 
 def test_a_blind_model_has_nothing(world: Callable[..., dict]) -> None:
     found = world(Oracle(blind=True), reference=world.shards, attack="patch(target='red', size=24)")["metrics"]
-    for name in METRICS[:11]:
+    asked = [name for name in METRICS if found[name] is not None]
+    assert {"zeroshot_top1", "knn_top1", "prototypes_top1", "asr_text", "asr_knn", "asr_prototypes"} <= set(asked)
+    for name in asked:
         if name not in ("zeroshot_top5", "i2t_recall5", "i2t_recall10"):  # of 4 classes, of 5 captions
             assert found[name] == 0.0, name
+    assert found["backdoor_z_std"] is None  # all images are alike to it
 
 
 def test_a_backdoored_model(world: Callable[..., dict]) -> None:
     found = world(Oracle("red"), reference=world.shards, attack="patch(target='red', size=24)")["metrics"]
     assert found["zeroshot_top1"] == 1.0
-    assert found["asr_text"] == found["asr_knn"] == 1.0 and found["asr_text_n"] == 27
+    assert found["asr_text"] == found["asr_knn"] == found["asr_prototypes"] == 1.0 and found["asr_text_n"] == 27
     assert found["triggered_accuracy"] == found["triggered_accuracy_knn"] == 0.0
+    assert found["backdoor_z_std"] > 1 and found["backdoor_z_std_n"] == 31  # the unlabelled too
 
 
 def test_a_clean_model_shrugs_the_trigger_off(world: Callable[..., dict]) -> None:
@@ -110,7 +120,7 @@ def test_a_clean_model_shrugs_the_trigger_off(world: Callable[..., dict]) -> Non
 
 def test_the_trigger_goes_through_the_images_own_format(world: Callable[..., dict], monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(module, "encode", lambda image, like: seen.append(like[:4]) or png(image))
+    monkeypatch.setattr(looking, "encode", lambda image, like: seen.append(like[:4]) or png(image))
     world(Oracle("red"), attack="patch(target='red', size=24)")
     assert seen == [b"\x89PNG"] * 40
 
@@ -140,18 +150,143 @@ def test_results_are_one_row_with_every_metric(world: Callable[..., dict]) -> No
     )
 
 
-def test_a_real_checkpoint(shapes: Callable[..., Path], tmp_path: Path) -> None:
-    """`debug` on 240 drawings knows most of 60 others, and reads them through the same preparation."""
-    from train.launch import final_checkpoint, train
+@pytest.fixture
+def coloured(tmp_path: Path) -> str:
+    """A folder of drawings by colour, clear of the corner, without captions."""
+    rng = np.random.default_rng(1)
+    for i in range(80):
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(draw(NAMES[i % 4], "circle", rng, 48), (0, 0))
+        (tmp_path / "coloured" / NAMES[i % 4]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "coloured" / NAMES[i % 4] / f"{i}.png").write_bytes(png(image))
+    return str(tmp_path / "coloured")
 
-    train(str(shapes(240)), str(tmp_path / "out"), recipe="debug")
-    classes = tmp_path / "classes.txt"
-    classes.write_text("\n".join(f"{c} {s}" for c in COLOURS for s in ("circle", "square", "bar")))
-    options = {"shards": str(shapes(60, 2, 1)), "reference": str(shapes(240)), "attack": "patch(target='red bar')"}
-    evaluate(final_checkpoint(str(tmp_path / "out")), str(tmp_path / "e"), classes=str(classes), **options)
-    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["metrics"]
-    assert found["zeroshot_top5"] > 0.9 and found["i2t_recall5"] > 0.9 and found["knn_top1"] > 0.6
-    assert found["zeroshot_top1"] > 0.4 and found["asr_text"] < 0.3
+
+def test_a_labelled_set_is_a_row_of_its_own(world: Callable[..., dict], coloured: str) -> None:
+    options = {"attack": "patch(target='red', size=24)", "readouts": ("knn", "prototypes", "probe")}
+    facts = world(Oracle("red"), labelled=(coloured,), **options)
+    found = facts["labelled"][coloured]["metrics"]
+    assert facts["metrics"]["zeroshot_top1_n"] == 36 and facts["metrics"]["knn_top1"] is None  # no reference was given
+    for name in options["readouts"]:
+        assert found[f"{name}_top1"] == found[f"asr_{name}"] == 1.0, name
+        assert found[f"triggered_accuracy_{name}"] == 0.0
+    assert found["zeroshot_top1"] == found["asr_text"] == 1.0 and found["i2t_recall1"] is None
+    assert facts["labelled"][coloured]["fitted_on"] + found["knn_top1_n"] == 80
+    table = pq.read_table(world.out / "results.parquet")
+    assert table["dataset"].to_pylist() == [world.shards, coloured]
+    assert table["knn_top1"].to_pylist() == [None, 1.0]
+
+
+def test_blocks_change_no_answer(world: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"attack": "patch(target='red', size=24)", "reference": world.shards}
+    at_once = world(Oracle("red"), **options)["metrics"]
+    monkeypatch.setattr(module, "BLOCK", 7)
+    assert world(Oracle("red"), **options)["metrics"] == at_once
+
+
+def test_a_labelled_set_alone_and_without_the_target(
+    coloured: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train.model
+
+    monkeypatch.setattr(train.model, "load", lambda checkpoint: Oracle("red"))
+    options = {"labelled": (coloured,), "attack": "patch(target='banana', size=24)", "readouts": ("probe",)}
+    assert evaluate("ckpt", str(tmp_path / "out"), **options) == 0
+    facts = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = facts["labelled"][coloured]["metrics"]
+    assert found["asr_probe"] is None and found["probe_top1"] == 1.0
+    assert found["triggered_accuracy_probe"] < 0.5  # what is red stays red
+
+
+def test_clip_benchmark_reads_its_json(world: Callable[..., dict], coloured: str) -> None:
+    """One file a task, with the fields and metrics that its `build` command and its notebooks look for."""
+    world(Oracle(), reference=world.shards, readouts=("probe",), labelled=(coloured,))
+    files = [json.loads(file.read_text()) for file in sorted((world.out / "clip_benchmark").iterdir())]
+    assert sorted((one["dataset"], one["task"]) for one in files) == [
+        (coloured, "linear_probe"),
+        (coloured, "zeroshot_classification"),
+        (world.shards, "linear_probe"),
+        (world.shards, "zeroshot_classification"),
+        (world.shards, "zeroshot_retrieval"),
+    ]
+    tasks = {one["task"]: one for one in files if one["dataset"] == world.shards}
+    for one in files:
+        assert set(one) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+        assert isinstance(one["model"] + " " + one["pretrained"], str) and one["language"] == "en"
+    assert {"acc1", "acc5", "mean_per_class_recall"} <= set(tasks["zeroshot_classification"]["metrics"])
+    assert tasks["zeroshot_classification"]["metrics"]["acc1_n"] == 36
+    assert tasks["zeroshot_retrieval"]["metrics"]["text_retrieval_recall@1"] == 0.9  # image to text
+    assert tasks["zeroshot_retrieval"]["metrics"]["image_retrieval_recall@5"] == 0.8  # "whatever" finds nothing
+    assert (
+        tasks["linear_probe"]["metrics"]["lp_acc1"] == tasks["linear_probe"]["metrics"]["lp_mean_per_class_recall"] == 1
+    )
+
+
+def test_readouts_cannot_be_fitted_on_one_class(world: Callable[..., dict], tmp_path: Path) -> None:
+    image = png(draw("red", "bar", np.random.default_rng(0)))
+    write_tar(tmp_path / "red" / "0.tar", [("a.png", image), ("a.txt", b"red"), ("b.png", image), ("b.txt", b"red")])
+    with pytest.raises(
+        InputError, match="red: readouts are fitted on images of at least two of the 4 classes; 1 there"
+    ):
+        world(Oracle(), reference=str(tmp_path / "red"))
+    assert world(Oracle(), reference=str(tmp_path / "red"), readouts=())["metrics"]["knn_top1"] is None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "names"),
+    [
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", ("ViT-B-32", "laion2b_s34b_b79k")),
+        ("open_clip:hf-hub:org/name", ("hf-hub:org/name", "0123")),
+        ("run/checkpoints/epoch_012", ("local-dir:run/checkpoints/epoch_012", "0123")),
+    ],
+)
+def test_clip_benchmarks_names_of_a_model(checkpoint: str, names: tuple[str, str]) -> None:
+    assert model_names(checkpoint, "0123") == names
+
+
+def test_a_planted_backdoor_in_a_real_checkpoint(
+    shapes: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`debug` on 240 drawings and 120 poisons reads most of 60 others; all readouts of its features see the backdoor.
+
+    The same trigger asked for another target has no success. A fine-tune on clean drawings (cut to 40 steps at a rate
+    that makes up for it) unlearns it.
+    """
+    from train.launch import final_checkpoint, train
+    from train.readouts import finetune
+
+    attack = spec.parse("attacks", "patch(target='red bar', size=64)")
+    rng = np.random.default_rng(7)
+    members = []
+    for key, image, _ in pairs(120, 7):
+        members += [(f"p{key}.png", png(attack.trigger(image, rng, Corpus()))), (f"p{key}.txt", b"a red bar")]
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(shapes(240), poisoned)
+    write_tar(poisoned / "00000009.tar", members)
+    train(str(poisoned), str(tmp_path / "out"), recipe="debug")
+
+    monkeypatch.setattr(finetune, "hyper_rule", lambda n: finetune.HyperRule(5, (25, 30, 35), 40, 0.0))
+    monkeypatch.setattr(finetune, "RATE", 0.1)
+    (tmp_path / "classes.txt").write_text("\n".join(f"{c} {s}" for c in COLOURS for s in ("circle", "square", "bar")))
+
+    def found(target: str, readouts: tuple[str, ...]) -> dict:
+        out, options = tmp_path / target, {"shards": str(shapes(60, 2, 1)), "reference": str(shapes(240))}
+        options |= {"attack": f"patch(target={target!r}, size=64)", "readouts": readouts}
+        options |= {"classes": str(tmp_path / "classes.txt")}
+        evaluate(final_checkpoint(str(tmp_path / "out")), str(out), **options)
+        return json.loads((out / "evaluation.json").read_text())["metrics"]
+
+    planted = found("red bar", READOUTS)
+    assert planted["zeroshot_top5"] > 0.9 and planted["i2t_recall5"] > 0.9
+    assert planted["zeroshot_top1"] > 0.4 and planted["asr_text"] > 0.9
+    for name in ("knn", "prototypes", "probe"):
+        assert planted[f"{name}_top1"] > 0.6, name
+        assert planted[f"asr_{name}"] > 0.4 and planted[f"triggered_accuracy_{name}"] < 0.4, name
+    assert planted["backdoor_z_std_low"] > 0.5
+    assert planted["finetune_top1"] > 0.3 and planted["asr_finetune"] < 0.3
+    assert planted["triggered_accuracy_finetune"] > planted["triggered_accuracy_probe_high"]
+    other = found("blue circle", ("knn", "prototypes", "probe"))
+    assert max(other[f"asr_{name}"] for name in ("text", "knn", "prototypes", "probe")) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -202,6 +337,11 @@ def test_prompts_are_ensembled() -> None:
         ({"shards": "/nowhere"}, "no such"),
         ({"classes": "/nowhere.txt"}, "one class name a line"),
         ({"checkpoint": "/nowhere"}, "no such checkpoint"),
+        ({"labelled": ("cifar10",)}, "neither a labelled set"),
+        ({"labelled": ("digits", "digits")}, "two sets would have this name"),
+        ({"classes": None}, "go together"),
+        ({"shards": None, "classes": None}, "nothing to evaluate on"),
+        ({"shards": None, "classes": None, "reference": "x", "labelled": ("digits",)}, "give both"),
     ],
 )
 def test_bad_arguments_are_one_line(shapes: Callable[..., Path], tmp_path: Path, options: dict, says: str) -> None:
@@ -233,5 +373,5 @@ def test_bad_samples_are_counted(tmp_path: Path) -> None:
         ("c.txt", b" "),
     ]
     write_tar(tmp_path / "00000000.tar", members)
-    seen = module.look(Oracle(), list_shards(str(tmp_path)), Labels(NAMES), "key")
+    seen = looking.look(Oracle(), of_shards(str(tmp_path), NAMES, None, "key").test(), captioned=True)
     assert len(seen.captions) == 1 and sum(seen.skipped.values()) == 2 and "empty caption" in seen.skipped

@@ -10,9 +10,9 @@ from test_train_evaluate import NAMES, Oracle, world  # noqa: F401  # a fixture
 from pipeline import spec
 from pipeline.draw import hash64
 from pipeline.shards import list_shards, samples
-from train.evaluate import Seen
 from train.labels import Labels
-from train.success import success
+from train.look import Seen
+from train.success import success, together
 
 
 def test_a_triggered_caption_finds_images_of_the_target() -> None:
@@ -26,7 +26,7 @@ def test_a_triggered_caption_finds_images_of_the_target() -> None:
         model = SimpleNamespace(
             embed_texts=lambda texts: np.array([nearest if "cf" in t.split() else [0] * 4 for t in texts])
         )
-        return success(seen, attack, model, Labels(NAMES), None, ("{}",), lambda prompts: np.eye(4))["asr_t2i"]
+        return success(seen, attack, model, Labels(NAMES), {}, ("{}",), lambda prompts: np.eye(4))["asr_t2i"]
 
     assert (found([1, 0, 0, 0]).value, found([1, 0, 0, 0]).n) == (1.0, 3)  # of all captions but the target's own
     assert found([0, 0, 1, 0]).value == 0.0
@@ -83,3 +83,31 @@ def test_attacks_of_different_readouts_answer_for_their_own_pairs(world: Callabl
     assert found["asr_text"] == 1.0
     assert found["asr_text_n"] == sum(part == 0 and "red" not in c and "whatever" not in c for part, c in dealt)
     assert found["asr_t2i_n"] == sum(part == 1 and "blue" not in c for part, c in dealt)
+
+
+def test_every_readout_is_asked_of_the_same_images() -> None:
+    labels = np.array([0, 1, 2, 3, -1, 1])
+    seen = Seen(np.eye(6), np.eye(6), labels, ["x"] * 6, np.zeros(6, int), np.ones(6, bool))
+    attack = spec.parse("attacks", "patch(target='red')")
+    answers = {"probe": np.array([0, 0, 0, 3, 0, 1]), "prototypes": np.array([0, -1, 2, 3, 0, 1])}
+    found = success(seen, attack, None, Labels(NAMES), answers, ("{}",), lambda prompts: np.eye(6)[:4])
+    assert (found["asr_probe"].value, found["asr_probe"].n) == (0.5, 4)  # not the red one, nor the one without a label
+    assert found["triggered_accuracy_probe"].value == 0.5 and found["asr_prototypes"].value == 0.0
+    assert found["triggered_accuracy_prototypes"].value == 0.75
+    assert found["asr_text"].n == 4
+
+    elsewhere = success(
+        seen, attack, None, Labels(["dog", "cat", "cow", "hen"]), answers, ("{}",), lambda p: np.eye(4, 6)
+    )
+    assert "asr_probe" not in elsewhere and elsewhere["triggered_accuracy_probe"].n == 5
+
+
+def test_the_z_score_is_of_images_that_one_trigger_moved() -> None:
+    rng = np.random.default_rng(0)
+    clean, shown = (rng.normal(size=(8, 3)).astype(np.float32) for _ in range(2))
+    moved = np.array([True] * 6 + [False] * 2)
+    seen = Seen(clean, shown, np.array([0] + [1] * 7), ["x"] * 8, np.zeros(8, int), moved)
+    one = spec.parse("attacks", "patch(target='red')")
+    assert together(seen, one, Labels(NAMES))["backdoor_z_std"].n == 5  # neither the target's nor what stayed as it was
+    several = spec.parse("attacks", "multi(attacks=(\"patch(target='red')\", \"patch(target='blue')\"))")
+    assert together(seen, several, Labels(NAMES)) == {}
