@@ -22,6 +22,7 @@ VERBS = {
     "verify": ("pipeline.verify:verify", "are the shards still what their manifest says; which samples are not"),
     "probe": ("pipeline.probe:probe", "can poisons be found by how they are encoded: does our injection leak"),
     "evaluate": ("train.evaluate:evaluate", "zero-shot, retrieval and attack success of a checkpoint"),
+    "updates": ("train.updates:updates", "how long a backdoor lives in a model that is updated with clean shards"),
     "status": ("pipeline.status:status", "how far is the job that writes to a folder"),
     "validate-attack": ("pipeline.validate_attack:validate_attack", "from which dose on an attack works, undefended"),
     "calibrate": ("pipeline.calibrate:calibrate", "choose detectors, weights and time to score by known poisons"),

@@ -42,15 +42,19 @@ class Filter:
 
 @dataclass(frozen=True)
 class Config:
-    """The TOML file. `reference`: labelled clean shards for the image-kNN readout (default: `shards`)."""
+    """The TOML file. `reference`: labelled clean shards for the image-kNN readout (default: `shards`).
+
+    `defenses` are specs, an arm each; those that repair a model are given the undefended one.
+    """
 
     shards: str
     evaluation: str
     classes: str
     attacks: tuple[str, ...]
     doses: tuple[str, ...]
-    scores: tuple[Scores, ...]
-    filters: tuple[Filter, ...]
+    scores: tuple[Scores, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    defenses: tuple[str, ...] = ()
     recipe: str = "demo"
     seeds: tuple[int, ...] = (0,)
     reference: str = ""

@@ -1,4 +1,6 @@
-"""The whole circle over attacks x doses x filters x seeds; one undefended training serves all detectors that score it.
+"""The whole circle over attacks x doses x (filters + defenses) x seeds.
+
+One undefended training serves all detectors that score it, and all defenses that repair it.
 
 Trade-off: stages run one after the other and meet in files, so a killed loop goes on where it was and any stage can be
 looked at; runs in parallel would be faster on a large cluster.
@@ -33,7 +35,7 @@ from pipeline.shards.store import whole
 
 
 def loop(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out: Out, /) -> int:
-    """Run every attack x dose x seed of CONFIG, undefended and under every filter; resumable.
+    """Run every attack x dose x seed of CONFIG, undefended, under every filter and every defense; resumable.
 
     Writes OUT/results.parquet (a row a run), OUT/detectors.parquet and OUT/report.html.
 
@@ -50,7 +52,7 @@ def loop(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out: Out, /) -
         for dose in plan.doses
         for seed in plan.seeds
     ]
-    trainings = len(runs) * (1 + len(plan.filters))
+    trainings = len(runs) * (1 + len(plan.filters) + len(plan.defenses))
     console.print(f"loop: {len(runs)} attack x dose x seed, {trainings} trainings under recipe {plan.recipe!r}")
     arms = [row for run in runs for row in run.arms()]
     detectors = [row for run in runs for row in run.detectors()]
@@ -64,7 +66,7 @@ def loop(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out: Out, /) -
 
 @dataclass(frozen=True)
 class Run:
-    """One attack, dose and seed: a poisoned set, its undefended model, and an arm per filter."""
+    """One attack, dose and seed: a poisoned set, its undefended model, and an arm per filter and defense."""
 
     plan: Config
     attack: str
@@ -107,7 +109,9 @@ class Run:
                 f"filter {arm.policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=arm.policy
             )
             rows.append(self._arm(_arm_name(arm.policy), arm, str(folder / "kept")))
-        return rows
+        return rows + [
+            self._arm(spec.key(spec.parse("defenses", d)), None, self.poisoned, d) for d in self.plan.defenses
+        ]
 
     def detectors(self) -> list[dict[str, Any]]:
         rows = []
@@ -128,12 +132,18 @@ class Run:
         known = ledger.poisoned_uids(ledger.ledger_path(self.poisoned))
         return found, np.asarray([u in known for u in found["uid"]])
 
-    def _arm(self, name: str, arm: Filter | None, shards: str) -> dict[str, Any]:
+    def _arm(self, name: str, arm: Filter | None, shards: str, defense: str | None = None) -> dict[str, Any]:
         from train.evaluate import evaluate
         from train.launch import final_checkpoint, train
 
-        folder = self.folder / "undefended" if arm is None else Path(shards).parent / "model"
-        self._stage(f"train {name}", train, shards, str(folder), recipe=self.plan.recipe, seed=self.seed)
+        undefended = self.folder / "undefended"
+        folder = undefended if arm is None else Path(shards).parent / "model"
+        options: dict[str, Any] = {"recipe": self.plan.recipe, "seed": self.seed}
+        if defense:
+            folder = self.folder / f"defense-{spec.digest(defense)}" / "model"
+            repairs = spec.parse("defenses", defense).needs_init
+            options |= {"defense": defense, "init": final_checkpoint(str(undefended)) if repairs else None}
+        self._stage(f"train {name}", train, shards, str(folder), **options)
         facts = json.loads((folder / "train.json").read_text())
         self._stage(
             f"evaluate {name}",
@@ -149,10 +159,11 @@ class Run:
         )
         measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())["metrics"]
         total = json.loads((Path(self.poisoned) / "dataset.json").read_text())
-        left = len(ledger.poisoned_uids(ledger.ledger_path(shards)))
+        left = facts["known_poisons"] if defense else len(ledger.poisoned_uids(ledger.ledger_path(shards)))
         row = self._common() | {"arm": name, "when": arm.when if arm else None, "recipe": self.plan.recipe}
         row |= {"policy": arm.policy if arm else None, "samples": facts["pairs"]}
-        row |= {"removed": total["pairs"] - facts["pairs"] - sum(facts["skipped"].values())}
+        removed = total["pairs"] - facts["pairs"] - sum(facts["skipped"].values())
+        row |= {"defense": defense, "removed": None if defense else removed}
         row |= {"poisons_in": total["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
         row |= self._cost(arm, total["pairs"])
         return row | measured
@@ -230,6 +241,8 @@ def _check(plan: Config) -> None:
         Dose.parse(dose)
     recipe = RECIPES[plan.recipe]
     kept = [epoch for epoch in range(1, recipe.epochs + 1) if recipe.keeps(epoch)]
+    for defense in plan.defenses:
+        spec.parse("defenses", defense).by_content()  # that what it names is there
     scored: dict[int, list[str]] = {}
     for scores in plan.scores:
         if scores.epoch not in kept:

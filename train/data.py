@@ -16,7 +16,7 @@ import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +30,8 @@ from pipeline.errors import InputError
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
 from pipeline.shards.image import pixels
 from pipeline.shards.store import view
+from train.augmentation import augment
+from train.draws import keys_of, mix
 from train.recipes import Recipe
 
 WINDOW_BYTES = 2 * 1024**3
@@ -62,13 +64,17 @@ class Index:
 class Batch:
     """This rank's slice of a global batch. `rows` are int64[n] into the index, `total` the size of the global batch.
 
-    images uint8 [n, 3, s, s] in channels_last memory, augmented; tokens int64 [n, context].
+    images uint8 [n, 3, s, s] in channels_last memory, augmented; tokens int64 [n, context]. `keys` are uint64[n] of
+    (seed, epoch, uid), which is all that a defense's augmentation may be random by. A defense may lay a second view of
+    every pair below the first, [2n, ...] of images and tokens.
     """
 
     rows: np.ndarray
     images: torch.Tensor
     tokens: torch.Tensor
     total: int
+    epoch: int
+    keys: np.ndarray
 
 
 def digest(shards: Sequence[Shard]) -> str:
@@ -93,9 +99,11 @@ def index(
     rank: int = 0,
     world: int = 1,
     window_bytes: int = WINDOW_BYTES,
+    only: Mapping[str, Collection[str]] | None = None,
 ) -> Index:
     """Read every sample once; with several ranks each reads its share and they exchange what they found.
 
+    `only`: of the shards with these paths, no other uids than these.
     Raises InputError on every rank for a broken shard, a uid that occurs twice, or nothing to train on.
     """
     mine: dict[int, _Part] = {}
@@ -103,7 +111,8 @@ def index(
     room = window_bytes
     try:
         for number in range(rank, len(shards), world):
-            part = _index_shard(shards[number], size, tokenizer, uid, room > 0)
+            wanted = (only or {}).get(shards[number].path)
+            part = _index_shard(shards[number], size, tokenizer, uid, room > 0, wanted)
             room -= part.pixels.nbytes if part.pixels is not None else room
             if room < 0:
                 part.pixels = None
@@ -145,23 +154,6 @@ def listed(skipped: dict[str, int] | Counter[str]) -> str:
     return "; ".join(f"{n:,} {why}" for why, n in sorted(skipped.items(), key=lambda item: -item[1])) or "none"
 
 
-def mix(keys: np.ndarray, *salts: int) -> np.ndarray:
-    """uint64[n] -> uint64[n], uniform: the finaliser of splitmix64 (Steele, Lea & Flood 2014), once a salt."""
-    with np.errstate(over="ignore"):
-        for salt in (*salts, 0):
-            keys = keys + np.uint64((salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-            keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            keys = keys ^ (keys >> np.uint64(31))
-    return keys
-
-
-def keys_of(uid: np.ndarray) -> np.ndarray:
-    """The 128-bit hex uids, ASCII [n], folded to uint64[n]."""
-    raw = np.frombuffer(bytes.fromhex(b"".join(uid.tolist()).decode()), ">u8").reshape(-1, 2).astype(np.uint64)
-    return raw[:, 0] ^ mix(raw[:, 1], 1)
-
-
 def order(index: Index, seed: int, epoch: int, window_bytes: int = WINDOW_BYTES) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the index in the order of an epoch, int64[n], and the window that each belongs to, non-decreasing."""
     window = np.zeros(len(index), np.int64)
@@ -198,11 +190,23 @@ def cuts(n: int, batch: int, world: int) -> np.ndarray:
 
 
 def batches(
-    index: Index, recipe: Recipe, seed: int, epoch: int, rank: int = 0, world: int = 1, window_bytes: int = WINDOW_BYTES
+    index: Index,
+    recipe: Recipe,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    window_bytes: int = WINDOW_BYTES,
+    chosen: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This rank's batches of an epoch (1-based), augmented, prepared by a thread while the last one is trained on."""
+    """This rank's batches of an epoch (1-based), augmented, prepared by a thread while the last one is trained on.
+
+    `chosen` bool[n]: an epoch of these rows of the index only.
+    """
     rows, window = order(index, seed, epoch, window_bytes)
-    edges = cuts(len(index), recipe.batch, world)
+    if chosen is not None:
+        rows, window = rows[chosen[rows]], window[chosen[rows]]
+    edges = cuts(len(rows), recipe.batch, world)
     slices = [np.arange(a + (b - a) // world * rank, a + (b - a) // world * (rank + 1)) for a, b in pairwise(edges)]
     mine = np.concatenate(slices)
     keys = keys_of(index.uid)
@@ -217,35 +221,10 @@ def batches(
             at = rows[part]
             images = augment(images, recipe, mix(keys[at], seed, epoch, 2))
             tokens = torch.from_numpy(index.tokens[at].astype(np.int64))
-            yield Batch(at, torch.from_numpy(images).permute(0, 3, 1, 2), tokens, int(total))
+            pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+            yield Batch(at, pictures, tokens, int(total), epoch, mix(keys[at], seed, epoch, 3))
 
     return prefetch(prepared(), 4)
-
-
-def augment(images: np.ndarray, recipe: Recipe, keys: np.ndarray) -> np.ndarray:
-    """uint8 [n, s, s, 3] -> the same, changed as the recipe says; `keys` uint64[n] decide how.
-
-    One nearest-neighbour lookup does shift, zoom and flip at once: in numpy, on one thread, it must not take a core
-    from the step that it hides behind.
-    """
-    if not (recipe.pad or recipe.zoom or recipe.flip or recipe.gain):
-        return images
-    n, side = images.shape[:2]
-    draws = np.stack([mix(keys, i) for i in range(8)], axis=1) / 2.0**64
-    if recipe.pad or recipe.zoom or recipe.flip:
-        grid = np.arange(side) - (side - 1) / 2
-        scale = 1 - recipe.zoom * draws[:, 2:3]
-        room = recipe.pad + (1 - scale) * side / 2
-        # half a pixel more, so that the outermost shifts are as frequent as the others after rounding
-        y, x = (grid * scale + np.rint((2 * draws[:, i : i + 1] - 1) * (room + 0.5)) for i in (0, 1))
-        if recipe.flip:
-            x = np.where(draws[:, 3:4] < 0.5, -x, x)
-        y, x = (np.clip(np.rint(v + (side - 1) / 2), 0, side - 1).astype(np.intp) for v in (y, x))
-        images = images[np.arange(n)[:, None, None], y[:, :, None], x[:, None, :]]
-    if recipe.gain:
-        gain = (1 + recipe.gain * (2 * draws[:, 4:7] - 1)).astype(np.float32)[:, None, None, :]
-        images = np.minimum(images * gain, 255).astype(np.uint8)
-    return images
 
 
 def prefetch(source: Generator[T, None, None], depth: int) -> Iterator[T]:
@@ -300,9 +279,18 @@ class _Part:
     skipped: Counter[str]
 
 
-def _index_shard(shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bool) -> _Part:
+def _index_shard(
+    shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bool, only: Collection[str] | None
+) -> _Part:
+    places: list[int] = []  # of the samples that are looked at
     positions, uids, captions, images = [], [], [], []
     skipped: Counter[str] = Counter()
+
+    def wanted() -> Iterator[Sample]:
+        for place, sample in enumerate(samples(shard, uid)):
+            if only is None or sample.uid in only:
+                places.append(place)
+                yield sample
 
     def look(sample: Sample) -> tuple[str, np.ndarray] | str:
         try:
@@ -310,11 +298,11 @@ def _index_shard(shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bo
         except Rejected as error:
             return reason(error)
 
-    for position, (sample, result) in enumerate(_mapped(look, samples(shard, uid))):
+    for i, (sample, result) in enumerate(_mapped(look, wanted())):
         if isinstance(result, str):
             skipped[result] += 1
             continue
-        positions.append(position)
+        positions.append(places[i])
         uids.append(sample.uid.encode())
         captions.append(result[0])
         if keep:

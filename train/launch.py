@@ -13,14 +13,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import UidRule, list_shards
 from pipeline.shards.store import clear_temporaries, exists, is_folder, is_url, join, make_folder, view, write
+from pipeline.spec import UNDRAWN
+from train.defenses import Defense
 from train.recipes import recipe_of
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ def train(
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
         out: local folder for checkpoints/, traces/, curve.parquet and train.json.
         recipe: what to train and how; `mithridate list recipes` shows them.
-        defense: a training-time defense, as a spec; `mithridate list defenses` shows them.
+        defense: as a spec; `mithridate list defenses` shows them. One that fine-tunes on trusted pairs takes their
+            shards as a parameter, and SHARDS only for what of its poisons leaks into them.
         init: start from this checkpoint (folder, or open_clip:MODEL/PRETRAINED) of the recipe's own model.
         workers: processes that share each batch; 2 and more run on Ray Train, on GPUs where there are any.
         seed: of the first weights, the order and the augmentation.
@@ -86,7 +90,14 @@ def prepare(
     listed = list_shards(shards)
     if is_url(out):
         raise InputError(f"{out}: open_clip reads checkpoints from folders; give a local or mounted one")
-    canonical = text(parse("defenses", defense)) if defense else None
+    chosen = parse("defenses", defense) if defense else Defense()
+    if chosen.needs_init and not init:
+        raise InputError(f"--defense {defense} repairs a trained model: name it with --init")
+    beside = shards if is_folder(shards) else str(Path(listed[0].path).parent)
+    if is_url(listed[0].path):
+        beside = listed[0].path.rsplit("/", 1)[0]
+    ledger = join(beside, "ledger.parquet")
+    listed, only = chosen.pairs(listed, ledger, seed)
     first = None
     if init:
         from train.model import load
@@ -103,16 +114,34 @@ def prepare(
         "shards_digest": digest(listed),
         "uid": uid,
         "init": first,
-        "defense": canonical,
+        "defense": text(chosen.by_content()) if defense else None,
     }
     # Ray's workers start in another folder.
-    whole_paths = tuple(s if is_url(s.path) else type(s)(str(Path(s.path).resolve())) for s in listed)
-    beside = shards if is_folder(shards) else str(Path(listed[0].path).parent)
-    if is_url(listed[0].path):
-        beside = listed[0].path.rsplit("/", 1)[0]
     return Task(
-        whole_paths, str(Path(out).resolve()), recipe, seed, uid, init, canonical, join(beside, "ledger.parquet"), spec
+        tuple(type(s)(_whole(s.path)) for s in listed),
+        str(Path(out).resolve()),
+        recipe,
+        seed,
+        uid,
+        init,
+        text(_absolute(chosen)) if defense else None,
+        _whole(ledger),
+        spec,
+        {_whole(path): uids for path, uids in only.items()},
     )
+
+
+def _absolute(defense: Defense) -> Defense:
+    """The defense with whole paths where its fields name places."""
+    if not is_dataclass(defense):
+        return defense
+    hints = get_type_hints(type(defense), include_extras=True)
+    places = [f.name for f in fields(defense) if UNDRAWN in getattr(hints[f.name], "__metadata__", ())]
+    return replace(defense, **{name: _whole(getattr(defense, name)) for name in places})
+
+
+def _whole(path: str) -> str:
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def finished(task: "Task") -> bool:

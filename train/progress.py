@@ -36,8 +36,8 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, epoch: int, loss: float, pairs: int) -> None:
-        """One step of `pairs` pairs is done. The line of an epoch gives the mean loss of its steps."""
+    def advance(self, epoch: int, loss: float, pairs: int, last: bool) -> None:
+        """A step of `pairs` pairs is done; after the last of an epoch, a line gives the mean loss of its steps."""
         self.losses.append(loss)
         self.pairs += pairs
         self.taken += 1
@@ -45,7 +45,7 @@ class Progress:
         rate = f"{self.pairs / max(now - self.epoch_begin, 1e-9):,.0f} pairs/s"
         if self.bar:
             self.bar.update(self.task, advance=1, epoch=f"{epoch}/{self.epochs}", loss=f"{loss:.3f}", rate=rate)
-        if len(self.losses) == self.steps:
+        if last:
             left = (now - self.begin) / self.taken * (self.left - self.taken)
             mean = sum(self.losses) / len(self.losses)
             if self.show:

@@ -7,6 +7,7 @@ This module imports nothing heavy: `mithridate list recipes` answers at once.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,6 +55,13 @@ class Recipe:
         """16 hex digits over every field but the summary."""
         return digest({k: v for k, v in dataclasses.asdict(self).items() if k != "summary"})
 
+    def rate(self, step: int, total: int) -> float:
+        """Linear warm-up over a share of all steps, then a cosine to zero (Radford et al. 2021, section 2.5)."""
+        warmup = int(total * self.warmup)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
     def keeps(self, epoch: int) -> bool:
         """Whether the weights after `epoch` epochs are kept."""
         return epoch == self.epochs or epoch in self.checkpoints
@@ -61,8 +69,6 @@ class Recipe:
 
 def _clip(vision: dict[str, Any], embed: int, width: int, layers: int, context: int = 16, tau: float = 0.07) -> dict:
     """An open_clip config with a small text transformer; `tau` is the temperature at the start."""
-    import math
-
     return {
         "embed_dim": embed,
         "vision_cfg": vision,

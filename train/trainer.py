@@ -10,13 +10,12 @@ memorise it: when a sample is scored matters to a filter as much as how.
 
 import io
 import json
-import math
 import os
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,23 @@ class Task:
     defense: str | None
     ledger: str
     spec: Mapping[str, Any]
+    only: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of the shards with these paths, only these uids
 
 
 @dataclass(frozen=True)
 class Features:
     """What a loss may use: unit rows of this rank's pairs, the logit scale, and open_clip's loss of each pair.
 
-    image, text float32 [n, d]; losses float32 [n]; all carry gradients. The mean of `losses` is ClipLoss.
+    image, text float32 [n, d]; losses float32 [n]; all carry gradients. The mean of `losses` is ClipLoss. `image_view`
+    and `text_view` [n, d] are of the second view of each pair, where the defense's `augment` made one.
     """
 
     image: torch.Tensor
     text: torch.Tensor
     logit_scale: torch.Tensor
     losses: torch.Tensor
+    image_view: torch.Tensor | None = None
+    text_view: torch.Tensor | None = None
 
 
 class Towers(nn.Module):
@@ -108,14 +111,15 @@ class Towers(nn.Module):
 
 
 class Trainer:
-    """One worker. A defense's `epoch_end` may read and change `towers`, `optimizer` and `index`."""
+    """One worker. A defense's `begin` and `epoch_end` may read all of it, and change `towers` and `optimizer`."""
 
     def __init__(self, task: Task, defense: Defense, rank: int, world: int, device: torch.device):
         self.task, self.defense = task, defense
-        self.recipe: Recipe = recipe_of(task.recipe)
+        self.recipe: Recipe = defense.recipe(recipe_of(task.recipe))
         self.rank, self.world, self.device = rank, world, device
+        tokenizer = model.tokenizer_of(self.recipe)
         self.index: Index = data.index(
-            task.shards, self.recipe.image_size, model.tokenizer_of(self.recipe), task.uid, rank=rank, world=world
+            task.shards, self.recipe.image_size, tokenizer, task.uid, rank=rank, world=world, only=task.only
         )
         self.towers = self._towers()
         self.ddp: nn.Module = self.towers
@@ -128,6 +132,7 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train what is left to train; returns the facts of the run."""
+        self.defense.begin(self)
         self._resume()
         if self.world > 1:
             on_gpu = [self.device.index] if self.device.type == "cuda" else None
@@ -157,21 +162,25 @@ class Trainer:
         rows, losses, similarities = [], [], []
         self.ddp.train()
         epoch = self.epoch + 1
-        for i, batch in enumerate(data.batches(self.index, recipe, self.task.seed, epoch, rank, world)):
-            step = self.epoch * self.steps + i
-            lr = learning_rate(recipe, step, total)
+        chosen = self.defense.chosen(epoch)
+        steps = self.steps if chosen is None else len(data.cuts(int(chosen.sum()), recipe.batch, world)) - 1
+        batches = data.batches(self.index, recipe, self.task.seed, epoch, rank, world, chosen=chosen)
+        for i, batch in enumerate(batches):
+            step = len(self.curve["step"])
+            # an epoch of fewer steps passes through as much of the schedule
+            lr = self.defense.rate(recipe, self.epoch * self.steps + i * self.steps // steps, total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             batch = self.defense.augment(batch)
-            images = model.normalise(batch.images.permute(0, 2, 3, 1).to(self.device), recipe.mean, recipe.std)
-            half = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-            with _kernels(self.device), half:
-                image, text, scale = self.ddp(images, batch.tokens.to(self.device))
+            image, text, scale = self.encode(self.ddp, batch)
+            n = len(batch.rows)
+            views = (image[n:], text[n:]) if len(image) > n else (None, None)
+            image, text = image[:n], text[:n]
             of_image, of_text = contrastive.get_logits(image, text, scale)
             truth = contrastive.get_ground_truth(self.device, len(image))
             entropy = torch.nn.functional.cross_entropy
             pairs = (entropy(of_image, truth, reduction="none") + entropy(of_text, truth, reduction="none")) / 2
-            loss = self.defense.loss(Features(image, text, scale, pairs), batch, self.towers.clip)
+            loss = self.defense.loss(Features(image, text, scale, pairs, *views), batch, self.towers.clip)
             mean = self._mean(loss)
             if not np.isfinite(mean):
                 self._stop(batch, mean, step, image, text)
@@ -188,12 +197,20 @@ class Trainer:
             seconds = self._time_spent()["seconds"]
             for name, value in zip(CURVE, (step, epoch, mean, lr, seconds, batch.total), strict=True):
                 self.curve[name].append(value)
-            progress.advance(epoch, mean, batch.total)
+            progress.advance(epoch, mean, batch.total, last=i == steps - 1)
         return {
             "row": np.concatenate(rows),
             "loss": torch.cat(losses).float().cpu().numpy(),
             "similarity": torch.cat(similarities).float().cpu().numpy(),
         }
+
+    def encode(self, towers: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unit rows of all images and captions of a batch, [n, d] each, and the logit scale."""
+        images = batch.images.permute(0, 2, 3, 1).to(self.device)
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        with _kernels(self.device), half:
+            normal = model.normalise(images, self.recipe.mean, self.recipe.std)
+            return towers(normal, batch.tokens.to(self.device))
 
     def _mean(self, loss: torch.Tensor) -> float:
         """The loss over all ranks, so that all of them stop together."""
@@ -228,9 +245,7 @@ class Trainer:
                     f"there and {ours.get(wrong[0])} here; choose the recipe that it was trained with"
                 )
             clip.load_state_dict(state)
-        # A defense that rewrites captions may use words that no caption of the index has.
-        plain = type(self.defense).augment is Defense.augment
-        used = np.unique(self.index.tokens) if plain else None
+        used = self.defense.vocabulary(self.index.tokens)
         if self.world > 1:
             model.synchronise(clip)
         return Towers(clip, used).to(self.device).to(memory_format=torch.channels_last)
@@ -243,6 +258,7 @@ class Trainer:
                 self.towers.clip.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.epoch, self.curve, self.spent = state["epoch"], state["curve"], state["spent"]
+                self.defense.memory.update({k: v.to(self.device) for k, v in state["memory"].items()})
             except Exception as error:  # unpickling meets foreign bytes here; whatever it raises, the file is bad
                 raise InputError(
                     f"{file}: cannot resume from it ({type(error).__name__}); remove the folder and start again"
@@ -277,6 +293,7 @@ class Trainer:
                 "epoch": epoch,
                 "curve": self.curve,
                 "spent": self.spent,
+                "memory": {k: v for k, v in self.defense.memory.items() if isinstance(v, torch.Tensor)},
             }
             buffer = io.BytesIO()
             torch.save(state, buffer)
@@ -328,7 +345,7 @@ def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads:
             **task.spec,
             **facts,
             "known_poisons": poisons,
-            "checkpoint": checkpoint_path("", recipe.epochs).lstrip("/"),
+            "checkpoint": checkpoint_path("", trainer.recipe.epochs).lstrip("/"),
             "done": True,
         }
         write(join(task.out, "train.json"), json.dumps(record, indent=1).encode())
@@ -346,14 +363,6 @@ def known_poisons(ledger: str, index: Index) -> int | None:
     except (pa.ArrowInvalid, KeyError) as error:
         raise InputError(f"{ledger}: not a ledger ({error}); poison the shards again or remove it") from error
     return int(np.isin(index.uid, np.array([str(u).encode() for u in uids], "S32")).sum())
-
-
-def learning_rate(recipe: Recipe, step: int, total: int) -> float:
-    """Linear warm-up over the recipe's share of all steps, then a cosine to zero (Radford et al. 2021, section 2.5)."""
-    warmup = int(total * recipe.warmup)
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def _kernels(device: torch.device) -> AbstractContextManager[None]:

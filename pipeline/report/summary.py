@@ -71,8 +71,9 @@ def _sentences(arms: Rows) -> str:
     best = min(filters, key=lambda name: filters[name])
     control = next((f"; random removal leaves {rate:.1%}" for n, rate in asr.items() if n.startswith("random")), "")
     change = 100 * (accuracy[best] - accuracy["undefended"])
+    kind = "filter or defense" if any(arm.get("defense") for arm in arms) else "filter"
     return (
-        f"{start} The best filter here, {best}, leaves {filters[best]:.1%}{control}. "
+        f"{start} The best {kind} here, {best}, leaves {filters[best]:.1%}{control}. "
         f"It changes zero-shot accuracy by {change:+.1f} points."
     )
 

@@ -12,6 +12,8 @@ from drawn import pairs, png, write_tar
 from pipeline.errors import InputError
 from pipeline.shards import list_shards
 from train import data
+from train.augmentation import augment
+from train.draws import keys_of, mix
 from train.model import tokenizer_of
 from train.recipes import RECIPES
 
@@ -41,7 +43,7 @@ def test_decoding_again_gives_the_same_batches(shapes: Callable[..., Path]) -> N
     cached, again = index_of(folder), index_of(folder, window_bytes=200_000)
     (batches,) = epoch_of(again, 1, window_bytes=200_000)
     for batch in batches:
-        plain = data.augment(cached.pixels[batch.rows], RECIPE, data.mix(data.keys_of(cached.uid)[batch.rows], 0, 1, 2))
+        plain = augment(cached.pixels[batch.rows], RECIPE, mix(keys_of(cached.uid)[batch.rows], 0, 1, 2))
         np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1).numpy(), plain)
     assert len(np.unique(data.order(again, 0, 1, 200_000)[1])) > 2
 
@@ -87,12 +89,12 @@ def test_cuts_are_even_and_bounded(n: int, world: int) -> None:
 def test_augment_shifts_within_its_limits() -> None:
     image = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(1, 32, 32, 3) % 251
     images = np.repeat(image.astype(np.uint8), 200, axis=0)
-    out = data.augment(images, RECIPE, data.mix(np.arange(200, dtype=np.uint64)))
+    out = augment(images, RECIPE, mix(np.arange(200, dtype=np.uint64)))
     centres = {tuple(i[16, 16]) for i in out}
     assert centres == {tuple(images[0, 16 + dy, 16 + dx]) for dy in range(-2, 3) for dx in range(-2, 3)}
     quiet = dataclasses.replace(RECIPE, pad=0)
-    assert data.augment(images, quiet, np.zeros(200, np.uint64)) is images
-    flipped = data.augment(images, dataclasses.replace(quiet, flip=True), data.mix(np.arange(200, dtype=np.uint64)))
+    assert augment(images, quiet, np.zeros(200, np.uint64)) is images
+    flipped = augment(images, dataclasses.replace(quiet, flip=True), mix(np.arange(200, dtype=np.uint64)))
     assert {i.tobytes() for i in flipped} == {images[0].tobytes(), images[0, :, ::-1].tobytes()}
 
 
