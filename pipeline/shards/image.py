@@ -355,9 +355,9 @@ def prepared(image: Image.Image, size: int) -> np.ndarray:
     if max(image.size) > 2 * half:
         x, y = max(0, wide // 2 - half), max(0, high // 2 - half)
         image = image.crop((x, y, min(wide, x + 2 * half), min(high, y + 2 * half)))
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+    shorter = min(image.size)
+    width, height = (size * side // shorter for side in image.size)  # torchvision cuts the longer side off …
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = (round((side - size) / 2) for side in (width, height))  # … and rounds the offset, halves to even
     return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -4,12 +4,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import pairs, write_parquet, write_tar
+from PIL import Image
+from torchvision import transforms
 
 from pipeline import embed as job
 from pipeline.embed import _Embed, embeddings_path, read_embeddings
 from pipeline.errors import InputError
 from pipeline.shards import Shard, samples
-from pipeline.shards.image import pixels
+from pipeline.shards.image import pixels, prepared
 from train import model
 from train.recipes import RECIPES
 
@@ -110,3 +112,16 @@ def test_a_checkpoint_that_changed_meanwhile_is_refused(checkpoint, tmp_path):
     shard = Shard(str(write_tar(tmp_path / "00000000.tar", pairs(0, 2))))
     with pytest.raises(InputError, match="another checkpoint"):
         _Embed(checkpoint, "0" * 16, "key")(shard, str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_an_image_is_prepared_as_open_clip_prepares_it(size):
+    """Which side is cut off and which offset rounded is torchvision's; a pixel beside would be another embedding."""
+    rng = np.random.default_rng(0)
+    theirs = transforms.Compose(
+        [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+    )
+    for width, height in rng.integers(20, 400, (60, 2)):
+        width = min(width, 4 * height)
+        image = Image.fromarray(rng.integers(0, 256, (min(height, 4 * width), width, 3), np.uint8))
+        assert np.array_equal(prepared(image, size), np.asarray(theirs(image)))
