@@ -43,7 +43,7 @@ T = TypeVar("T")
 class Index:
     """The n good pairs of a data set in file order: shard number, position in the shard, uid (ASCII), tokens, pixels.
 
-    `pixels` is uint8 [n, size, size, 3], or None where it exceeds the byte budget.
+    `pixels` is uint8 [n, size, size, 3], or None where it exceeds `window_bytes`.
     """
 
     shards: tuple[Shard, ...]
@@ -55,6 +55,7 @@ class Index:
     size: int
     rule: UidRule
     skipped: dict[str, int]
+    window_bytes: int = WINDOW_BYTES
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -144,6 +145,7 @@ def index(
         size,
         uid,
         dict(sorted(skipped.items())),
+        window_bytes,
     )
     _check_unique(result)
     return result
@@ -154,7 +156,7 @@ def listed(skipped: dict[str, int] | Counter[str]) -> str:
     return "; ".join(f"{n:,} {why}" for why, n in sorted(skipped.items(), key=lambda item: -item[1])) or "none"
 
 
-def order(index: Index, seed: int, epoch: int, window_bytes: int = WINDOW_BYTES) -> tuple[np.ndarray, np.ndarray]:
+def order(index: Index, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the index in the order of an epoch, int64[n], and the window that each belongs to, non-decreasing."""
     window = np.zeros(len(index), np.int64)
     if index.pixels is None:
@@ -164,7 +166,7 @@ def order(index: Index, seed: int, epoch: int, window_bytes: int = WINDOW_BYTES)
         number, filled, of_shard = 0, 0, np.zeros(len(index.shards), np.int64)
         for shard in shuffled:
             # a third: one window is trained on, one waits, one is being decoded
-            if filled and filled + sizes[shard] > window_bytes // 3:
+            if filled and filled + sizes[shard] > index.window_bytes // 3:
                 number, filled = number + 1, 0
             of_shard[shard] = number
             filled += sizes[shard]
@@ -196,22 +198,22 @@ def batches(
     epoch: int,
     rank: int = 0,
     world: int = 1,
-    window_bytes: int = WINDOW_BYTES,
     chosen: np.ndarray | None = None,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """This rank's batches of an epoch (1-based), augmented, prepared by a thread while the last one is trained on.
 
-    `chosen` bool[n]: an epoch of these rows of the index only.
+    `chosen` bool[n]: an epoch of these rows of the index only. `first`: from this batch (0-based) on.
     """
-    rows, window = order(index, seed, epoch, window_bytes)
+    rows, window = order(index, seed, epoch)
     if chosen is not None:
         rows, window = rows[chosen[rows]], window[chosen[rows]]
-    edges = cuts(len(rows), recipe.batch, world)
+    edges = cuts(len(rows), recipe.batch, world)[first:]
     slices = [np.arange(a + (b - a) // world * rank, a + (b - a) // world * (rank + 1)) for a, b in pairwise(edges)]
-    mine = np.concatenate(slices)
     keys = keys_of(index.uid)
 
     def prepared() -> Generator[Batch, None, None]:
+        mine = np.concatenate(slices)
         chunks = _pixels(index, rows[mine], window[mine])
         stock = next(chunks)
         for part, total in zip(slices, np.diff(edges), strict=True):

@@ -1,8 +1,9 @@
 """`mithridate train`: where a training runs. The loop itself is train/trainer.py, the same everywhere.
 
 Trade-off: one worker needs no cluster, so `--workers 1` runs the loop in this very process and saves Ray's start,
-which is longer than a debug run; more workers go through Ray Train. Under `torchrun` (RANK and WORLD_SIZE are set)
-neither ray nor `--workers` is used. The folder for the output must be one that every worker sees.
+which is longer than a debug run; more workers go through Ray Train, which starts them anew when one dies. Under
+`torchrun` (RANK and WORLD_SIZE are set) neither ray nor `--workers` is used. The folder for the output must be one that
+every worker sees.
 """
 
 import fcntl
@@ -11,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from train.recipes import recipe_of
 if TYPE_CHECKING:
     from train.trainer import Task
 
+RESTARTS = 5  # of all workers after one of them died; each goes on from the last state
+
 
 def train(
     shards: Shards,
@@ -41,10 +44,11 @@ def train(
     workers: int = 1,
     seed: int = 0,
     uid: UidRule = "key",
+    save_minutes: float = 5.0,
 ) -> int:
     """Train CLIP on SHARDS under a frozen recipe; writes checkpoints, traces and a loss curve to OUT.
 
-    The same command again resumes after the last whole epoch, with the same result, or returns at once when it is done.
+    The same command again resumes after the last state, to the same result, or returns at once when it is done.
 
     Args:
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
@@ -56,8 +60,10 @@ def train(
         workers: processes that share each batch; 2 and more run on Ray Train, on GPUs where there are any.
         seed: of the first weights, the order and the augmentation.
         uid: how a uid is derived where samples carry none; the same as when the shards were poisoned.
+        save_minutes: how much of an epoch a killed run may have to repeat; after each epoch a state is saved anyway.
     """
     task = prepare(shards, out, recipe=recipe, defense=defense, init=init, seed=seed, uid=uid)
+    task = replace(task, save_minutes=save_minutes)
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one has to work")
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -228,8 +234,15 @@ def _on_ray(task: "Task", workers: int) -> None:
         raise InputError(f"--workers {workers} needs ray: install it, or start {workers} with torchrun") from error
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchTrainer
+
+    class _OnceIsEnough(UserCallback):
+        """What a user has to mend would fail again: raised in the controller, it ends the run."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if error := _input_error(worker_exceptions):
+                raise error
 
     if not ray.is_initialized():
         root = str(Path(__file__).resolve().parent.parent)
@@ -253,19 +266,29 @@ def _on_ray(task: "Task", workers: int) -> None:
             run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train V1
                 name="train",
                 storage_path=storage,
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=RESTARTS),  # lost nodes count apart, without a limit
+                callbacks=[_OnceIsEnough()],  # type: ignore[list-item]
                 logging_config=LoggingConfig(log_level="CRITICAL"),  # an error is raised below, once
             ),
         ).fit()
     except Exception as error:
-        failures = getattr(error, "worker_failures", {})
-        for failure in failures.values():
-            for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
-                if isinstance(cause, InputError):
-                    raise InputError(str(cause)) from None
+        failures = getattr(error, "worker_failures", {}) or {0: getattr(error, "controller_failure", error)}
+        if found := _input_error(failures):
+            raise found from None
         raise
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _input_error(failures: Mapping[int, BaseException]) -> InputError | None:
+    """The first that lies in one of the errors of workers, which Ray wraps in others."""
+    for failure in failures.values():
+        error: BaseException | None = failure
+        while error is not None:
+            if isinstance(error, InputError):
+                return InputError(str(error))
+            error = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
+    return None
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -10,16 +10,16 @@ from pipeline.progress import console
 
 
 class Progress:
-    """Counts steps; `show` is true on one rank only. A resumed run starts at `done` epochs."""
+    """Counts steps; `show` is true on one rank only. A resumed run starts at `done` steps."""
 
     def __init__(self, epochs: int, steps: int, done: int, show: bool):
         self.epochs, self.steps, self.show = epochs, steps, show
-        self.left = (epochs - done) * steps
+        self.left = epochs * steps - done
         self.bar: Bar | None = None
         if show and console.is_terminal and self.left:
             columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("loss {task.fields[loss]}"))
             self.bar = Bar(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("", total=epochs * steps, completed=done * steps, epoch="", loss="", rate="")
+            self.task = self.bar.add_task("", total=epochs * steps, completed=done, epoch="", loss="", rate="")
         self.begin = self.epoch_begin = time.monotonic()
         self.taken = 0
         self.losses: list[float] = []

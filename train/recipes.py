@@ -15,6 +15,11 @@ from pipeline.errors import InputError
 from pipeline.spec import digest
 
 
+def _later(default: Any) -> Any:
+    """A field that recipes got after results were published: at its default it leaves their digests as they were."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One way to train. `model` is an open_clip model config; lengths are in pixels of the model's image size.
@@ -23,7 +28,8 @@ class Recipe:
     up to that many pixels (borders repeated), `zoom` crops up to that share of its side, `gain` scales each colour
     channel by up to that share, `flip` mirrors half of the images. `prompts` are the sentences around a class name for
     zero-shot: a model that has met no sentences reads the bare name best. `checkpoints` lists epochs (1-based) that
-    are kept beside the last.
+    are kept beside the `last` ones. `loss` "siglip" wants `init_logit_bias` in the model's config. `accumulate` passes
+    a batch through the towers in so many parts: less memory, the same gradient.
     """
 
     summary: str
@@ -45,6 +51,9 @@ class Recipe:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     checkpoints: tuple[int, ...] = ()
+    last: int = _later(1)
+    loss: Literal["clip", "siglip"] = _later("clip")
+    accumulate: int = _later(1)
 
     @property
     def image_size(self) -> int:
@@ -52,8 +61,9 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every field but the summary."""
-        return digest({k: v for k, v in dataclasses.asdict(self).items() if k != "summary"})
+        """16 hex digits over every field but the summary, and but those of `_later` that are as they always were."""
+        same = {f.name for f in dataclasses.fields(self) if f.metadata and getattr(self, f.name) == f.default}
+        return digest({k: v for k, v in dataclasses.asdict(self).items() if k != "summary" and k not in same})
 
     def rate(self, step: int, total: int) -> float:
         """Linear warm-up over a share of all steps, then a cosine to zero (Radford et al. 2021, section 2.5)."""
@@ -64,7 +74,7 @@ class Recipe:
 
     def keeps(self, epoch: int) -> bool:
         """Whether the weights after `epoch` epochs are kept."""
-        return epoch == self.epochs or epoch in self.checkpoints
+        return epoch > self.epochs - self.last or epoch in self.checkpoints
 
 
 def _clip(vision: dict[str, Any], embed: int, width: int, layers: int, context: int = 16, tau: float = 0.07) -> dict:

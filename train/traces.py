@@ -15,16 +15,19 @@ CURVE = {"step": "int32", "epoch": "int32", "loss": "float32", "lr": "float32", 
 
 
 def write_traces(
-    path: str, index: Index, epoch: int, row: np.ndarray, loss: np.ndarray, similarity: np.ndarray
+    path: str, index: Index, epoch: int, row: np.ndarray, step: np.ndarray, loss: np.ndarray, similarity: np.ndarray
 ) -> None:
-    """uid, shard, epoch, loss, similarity of the index rows; sorted by shard and uid, one row group a shard."""
+    """uid, shard, epoch, loss, similarity, step of the index rows; sorted by shard and uid, one row group a shard.
+
+    `step` int32[n] counts from the start of the run, so the traces of all ranks tell which batch a pair was in.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     by = np.lexsort((index.uid[row], np.array([s.name for s in index.shards])[index.shard[row]]))
-    row, loss, similarity = row[by], loss[by], similarity[by]
+    row, step, loss, similarity = row[by], step[by], loss[by], similarity[by]
     types = {"uid": pa.string(), "shard": pa.string(), "epoch": pa.int32(), "loss": pa.float32()}
-    schema = pa.schema([*types.items(), ("similarity", pa.float32())])
+    schema = pa.schema([*types.items(), ("similarity", pa.float32()), ("step", pa.int32())])
     edges = [0, *(np.flatnonzero(np.diff(index.shard[row])) + 1), len(row)]
     with whole(path) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), schema, compression="zstd") as writer:
         for a, b in pairwise(edges):
@@ -34,6 +37,7 @@ def write_traces(
                 "epoch": np.full(b - a, epoch, np.int32),
                 "loss": loss[a:b],
                 "similarity": similarity[a:b],
+                "step": step[a:b],
             }
             writer.write_table(pa.table(columns, schema=schema))
 

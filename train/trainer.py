@@ -1,20 +1,18 @@
 """The loop: one process per worker, plain torch and torch.distributed, the same code for one worker and for many.
 
-Trade-off: an epoch is the unit of everything that lasts. Traces, checkpoint, curve and state are written at its end, so
-a killed run repeats at most an epoch, and repeats it exactly: batches and augmentation are functions of (seed, epoch,
-uid), so there is no loader state to save.
+Trade-off: an epoch is the unit of what others read: traces, checkpoint and curve are written at its end. A run that is
+killed goes on from the last state (`train/state.py`), at most `save_minutes` back, and exactly: batches and
+augmentation are functions of (seed, epoch, uid). Traces say which pairs each step of the surviving run has seen.
 
 Traces hold the loss and the similarity of a pair as the batch's forward pass found them, before the step that could
 memorise it: when a sample is scored matters to a filter as much as how.
 """
 
-import io
 import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule
 from pipeline.shards.store import exists, join, view, write
-from train import data, model
+from train import accumulate, data, losses, model, state
 from train.data import Batch, Index
 from train.defenses import Defense
 from train.progress import Progress
 from train.recipes import Recipe, recipe_of
+from train.state import Seen
+from train.towers import Encoded, Towers, kernels, optimizer_of
 from train.traces import CURVE, write_curve, write_traces
 
 MAX_LOGIT_SCALE = float(np.log(100))  # as open_clip clamps it (Radford et al. 2021, section 2.5)
@@ -41,7 +40,10 @@ MAX_LOGIT_SCALE = float(np.log(100))  # as open_clip clamps it (Radford et al. 2
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to know. `spec` determines the result; a folder holds one."""
+    """What a worker needs to know. `spec` determines the result; a folder holds one.
+
+    A state is saved when `save_minutes` have passed since the last.
+    """
 
     shards: tuple[Shard, ...]
     out: str
@@ -53,14 +55,15 @@ class Task:
     ledger: str
     spec: Mapping[str, Any]
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of the shards with these paths, only these uids
+    save_minutes: float = 5.0
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a loss may use: unit rows of this rank's pairs, the logit scale, and open_clip's loss of each pair.
+    """What a loss may use: unit rows of this rank's pairs, the logit scale, and the recipe's loss of each pair.
 
-    image, text float32 [n, d]; losses float32 [n]; all carry gradients. The mean of `losses` is ClipLoss. `image_view`
-    and `text_view` [n, d] are of the second view of each pair, where the defense's `augment` made one.
+    image, text float32 [n, d]; losses float32 [n]; all carry gradients. The mean of `losses` is open_clip's loss.
+    `image_view` and `text_view` [n, d] are of the second view of each pair, where the defense's `augment` made one.
     """
 
     image: torch.Tensor
@@ -69,45 +72,6 @@ class Features:
     losses: torch.Tensor
     image_view: torch.Tensor | None = None
     text_view: torch.Tensor | None = None
-
-
-class Towers(nn.Module):
-    """Both encoders in one forward pass, which is what DistributedDataParallel wraps.
-
-    `used` are the token ids in use: only their rows of the embedding are trained, renumbered 0..len(used). A dense
-    AdamW step over all 49,408 rows would cost more than the rest of a small model, for rows that get no gradient. They
-    keep their values at the start, where a dense optimiser would only have decayed them.
-    """
-
-    def __init__(self, clip: Any, used: np.ndarray | None):
-        super().__init__()
-        self.clip: Any = clip
-        self.whole: torch.Tensor | None = None
-        self.used: torch.Tensor | None
-        self.row_of: torch.Tensor | None
-        self.register_buffer("used", None, persistent=False)
-        self.register_buffer("row_of", None, persistent=False)
-        if used is not None:
-            self.whole = clip.token_embedding.weight.detach().clone()
-            self.used = torch.from_numpy(used.astype(np.int64))
-            self.row_of = torch.full((len(self.whole),), -1, dtype=torch.int64)
-            self.row_of[self.used] = torch.arange(len(used))
-            clip.token_embedding = nn.Embedding.from_pretrained(self.whole[self.used], freeze=False)
-
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens = tokens if self.row_of is None else self.row_of[tokens]  # in order: the end of text stays the largest
-        image, text = self.clip.encode_image(images), self.clip.encode_text(tokens)
-        unit = torch.nn.functional.normalize
-        return unit(image.float(), dim=-1), unit(text.float(), dim=-1), self.clip.logit_scale.exp()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The state dict of the whole open_clip model."""
-        state = dict(self.clip.state_dict())
-        if self.whole is not None and self.used is not None:
-            full = self.whole.clone()
-            full[self.used.cpu()] = state["token_embedding.weight"].cpu()
-            state["token_embedding.weight"] = full
-        return state
 
 
 class Trainer:
@@ -119,16 +83,26 @@ class Trainer:
         self.rank, self.world, self.device = rank, world, device
         tokenizer = model.tokenizer_of(self.recipe)
         self.index: Index = data.index(
-            task.shards, self.recipe.image_size, tokenizer, task.uid, rank=rank, world=world, only=task.only
+            task.shards,
+            self.recipe.image_size,
+            tokenizer,
+            task.uid,
+            rank=rank,
+            world=world,
+            window_bytes=data.WINDOW_BYTES,
+            only=task.only,
         )
         self.towers = self._towers()
         self.ddp: nn.Module = self.towers
-        self.optimizer = _optimizer(self.towers, self.recipe)
+        self.optimizer = optimizer_of(self.towers, self.recipe)
         self.epoch = 0  # whole ones done
+        self.step = 0  # done in the epoch after them, of which `seen` tells
+        self.seen = Seen()
         self.curve: dict[str, list[float]] = {name: [] for name in CURVE}
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
         self.steps = len(data.cuts(len(self.index), self.recipe.batch, world)) - 1
         self._clock = (time.perf_counter(), time.process_time())
+        self._saved = time.monotonic()
 
     def fit(self) -> dict[str, Any]:
         """Train what is left to train; returns the facts of the run."""
@@ -136,13 +110,16 @@ class Trainer:
         self._resume()
         if self.world > 1:
             on_gpu = [self.device.index] if self.device.type == "cuda" else None
-            self.ddp = nn.parallel.DistributedDataParallel(self.towers, device_ids=on_gpu, gradient_as_bucket_view=True)
-        with Progress(self.recipe.epochs, self.steps, self.epoch, show=self.rank == 0) as progress:
+            # buffers are alike on all ranks already, batch statistics included
+            options: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
+            self.ddp = nn.parallel.DistributedDataParallel(self.towers, device_ids=on_gpu, **options)
+        done = self.epoch * self.steps + self.step
+        with Progress(self.recipe.epochs, self.steps, done, show=self.rank == 0) as progress:
             while self.epoch < self.recipe.epochs:
-                traces = self._train_epoch(progress)
+                self._train_epoch(progress)
                 self.defense.epoch_end(self)
-                self.epoch += 1
-                self._write_epoch(traces)
+                self.epoch, self.step = self.epoch + 1, 0
+                self._write_epoch()
         return {
             "pairs": len(self.index),
             "skipped": self.index.skipped,
@@ -153,76 +130,82 @@ class Trainer:
             **{k: round(v, 3) for k, v in self.spent.items()},
         }
 
-    def _train_epoch(self, progress: Progress) -> dict[str, np.ndarray]:
-        import open_clip
-
-        rank, world, recipe = self.rank, self.world, self.recipe
-        contrastive = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    def _train_epoch(self, progress: Progress) -> None:
+        """What is left of the epoch."""
+        recipe, epoch = self.recipe, self.epoch + 1
         total = self.steps * recipe.epochs
-        rows, losses, similarities = [], [], []
         self.ddp.train()
-        epoch = self.epoch + 1
         chosen = self.defense.chosen(epoch)
-        steps = self.steps if chosen is None else len(data.cuts(int(chosen.sum()), recipe.batch, world)) - 1
-        batches = data.batches(self.index, recipe, self.task.seed, epoch, rank, world, chosen=chosen)
-        for i, batch in enumerate(batches):
-            step = len(self.curve["step"])
+        steps = self.steps if chosen is None else len(data.cuts(int(chosen.sum()), recipe.batch, self.world)) - 1
+        batches = data.batches(
+            self.index, recipe, self.task.seed, epoch, self.rank, self.world, chosen=chosen, first=self.step
+        )
+        for batch in batches:
             # an epoch of fewer steps passes through as much of the schedule
-            lr = self.defense.rate(recipe, self.epoch * self.steps + i * self.steps // steps, total)
+            lr = self.defense.rate(recipe, self.epoch * self.steps + self.step * self.steps // steps, total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            batch = self.defense.augment(batch)
-            image, text, scale = self.encode(self.ddp, batch)
-            n = len(batch.rows)
-            views = (image[n:], text[n:]) if len(image) > n else (None, None)
-            image, text = image[:n], text[:n]
-            of_image, of_text = contrastive.get_logits(image, text, scale)
-            truth = contrastive.get_ground_truth(self.device, len(image))
-            entropy = torch.nn.functional.cross_entropy
-            pairs = (entropy(of_image, truth, reduction="none") + entropy(of_text, truth, reduction="none")) / 2
-            loss = self.defense.loss(Features(image, text, scale, pairs, *views), batch, self.towers.clip)
-            mean = self._mean(loss)
-            if not np.isfinite(mean):
-                self._stop(batch, mean, step, image, text)
-            rows.append(batch.rows)
-            losses.append(pairs.detach())
-            similarities.append((image * text).sum(1).detach())
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if recipe.grad_clip:
-                nn.utils.clip_grad_norm_(self.towers.parameters(), recipe.grad_clip)
-            self.optimizer.step()
-            with torch.no_grad():
-                self.towers.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-            seconds = self._time_spent()["seconds"]
-            for name, value in zip(CURVE, (step, epoch, mean, lr, seconds, batch.total), strict=True):
+            mean, due = self._train_step(self.defense.augment(batch), batch)
+            row = (len(self.curve["step"]), epoch, mean, lr, self._time_spent()["seconds"], batch.total)
+            for name, value in zip(CURVE, row, strict=True):
                 self.curve[name].append(value)
-            progress.advance(epoch, mean, batch.total, last=i == steps - 1)
-        return {
-            "row": np.concatenate(rows),
-            "loss": torch.cat(losses).float().cpu().numpy(),
-            "similarity": torch.cat(similarities).float().cpu().numpy(),
-        }
+            self.step += 1
+            progress.advance(epoch, mean, batch.total, last=self.step == steps)
+            if due and self.step < steps:
+                self._save()
 
-    def encode(self, towers: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _train_step(self, batch: Batch, own: Batch) -> tuple[float, bool]:
+        """One step on a batch as the defense made it of its `own`: the mean loss, and whether a state is due."""
+        step, n = len(self.curve["step"]), len(own.rows)
+        found, backward = self._encoded(batch)
+        views = (found.image[n:], found.text[n:]) if len(found.image) > n else (None, None)
+        found = found._replace(image=found.image[:n], text=found.text[:n])
+        pairs = losses.of_pairs(found, self.recipe.loss, self.rank, self.world)
+        features = Features(found.image, found.text, found.scale, pairs, *views)
+        loss = self.defense.loss(features, batch, self.towers.clip)
+        mean, due = self._agreed(loss)
+        if not np.isfinite(mean):
+            self._stop(batch, mean, step, found)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        backward()
+        if self.recipe.grad_clip:
+            nn.utils.clip_grad_norm_(self.towers.parameters(), self.recipe.grad_clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.towers.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.seen.add(batch.rows, step, pairs, (found.image * found.text).sum(1))
+        return mean, due
+
+    def _encoded(self, batch: Batch) -> tuple[Encoded, Callable[[], None]]:
+        """The features of a batch, and what is to be called after their loss's backward."""
+        if self.recipe.accumulate > 1:
+            return accumulate.encode_in_parts(self.encode, self.ddp, batch, self.recipe.accumulate)
+        torch.manual_seed(int(batch.keys[0]) >> 1)  # patch dropout, a function of (seed, epoch, uid) as well
+        return self.encode(self.ddp, batch), lambda: None
+
+    def encode(self, towers: nn.Module, batch: Batch) -> Encoded:
         """Unit rows of all images and captions of a batch, [n, d] each, and the logit scale."""
         images = batch.images.permute(0, 2, 3, 1).to(self.device)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
-        with _kernels(self.device), half:
+        with kernels(self.device), half:
             normal = model.normalise(images, self.recipe.mean, self.recipe.std)
-            return towers(normal, batch.tokens.to(self.device))
+            encoded: Encoded = towers(normal, batch.tokens.to(self.device))
+            return encoded
 
-    def _mean(self, loss: torch.Tensor) -> float:
-        """The loss over all ranks, so that all of them stop together."""
+    def _agreed(self, loss: torch.Tensor) -> tuple[float, bool]:
+        """The loss over all ranks, so that all of them stop together; whether rank 0's clock says to save."""
+        due = time.monotonic() - self._saved >= 60 * self.task.save_minutes
         if self.world == 1:
-            return float(loss.detach())
-        value = loss.detach().clone()
-        dist.all_reduce(value)
-        return float(value) / self.world
+            return float(loss.detach()), due
+        values = torch.stack([loss.detach().float(), torch.tensor(float(due and self.rank == 0), device=self.device)])
+        dist.all_reduce(values)
+        mean, due = values.tolist()
+        return mean / self.world, due > 0
 
-    def _stop(self, batch: Batch, loss: float, step: int, image: torch.Tensor, text: torch.Tensor) -> None:
+    def _stop(self, batch: Batch, loss: float, step: int, found: Encoded) -> None:
         """The loss is not a number: name the pairs whose features are not, or else all of the batch."""
-        bad = ~(image.isfinite().all(1) & text.isfinite().all(1)).cpu().numpy()
+        bad = ~(found.image.isfinite().all(1) & found.text.isfinite().all(1)).cpu().numpy()
         uids = [self.index.uid[row].decode() for row in (batch.rows[bad] if bad.any() else batch.rows)]
         file = join(self.task.out, f"nan.rank{self.rank}.txt")
         write(file, "\n".join([*uids, ""]).encode())
@@ -236,33 +219,25 @@ class Trainer:
         recipe, task = self.recipe, self.task
         clip = model.build(recipe, task.seed)
         if task.init:
-            state = model.load(task.init, device="cpu").model.state_dict()
-            theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, clip.state_dict()))
+            start = model.load(task.init, device="cpu").model.state_dict()
+            theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (start, clip.state_dict()))
             if theirs != ours:
                 wrong = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
                 raise InputError(
                     f"{task.init}: not a checkpoint of recipe {task.recipe!r}: {wrong[0]} is {theirs.get(wrong[0])} "
                     f"there and {ours.get(wrong[0])} here; choose the recipe that it was trained with"
                 )
-            clip.load_state_dict(state)
+            clip.load_state_dict(start)
+        accumulate.check(recipe, clip)
+        if recipe.loss != "clip" and type(self.defense).loss is not Defense.loss:
+            raise InputError(f"{task.defense}: changes CLIP's loss, and recipe {task.recipe!r} has {recipe.loss}'s")
         used = self.defense.vocabulary(self.index.tokens)
         if self.world > 1:
             model.synchronise(clip)
         return Towers(clip, used).to(self.device).to(memory_format=torch.channels_last)
 
     def _resume(self) -> None:
-        file = join(self.task.out, "state.pt")
-        if exists(file):
-            try:
-                state = torch.load(io.BytesIO(view(file)), map_location="cpu", weights_only=True)
-                self.towers.clip.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.epoch, self.curve, self.spent = state["epoch"], state["curve"], state["spent"]
-                self.defense.memory.update({k: v.to(self.device) for k, v in state["memory"].items()})
-            except Exception as error:  # unpickling meets foreign bytes here; whatever it raises, the file is bad
-                raise InputError(
-                    f"{file}: cannot resume from it ({type(error).__name__}); remove the folder and start again"
-                ) from error
+        state.restore(self)
         if self.rank == 0:  # what an interrupted epoch, perhaps with more workers, has left
             for trace in Path(self.task.out, "traces").glob("epoch_*.parquet"):
                 if int(trace.name[6:9]) > self.epoch:
@@ -270,35 +245,32 @@ class Trainer:
         self._barrier()
         self._clock = (time.perf_counter(), time.process_time())
 
-    def _write_epoch(self, traces: dict[str, np.ndarray]) -> None:
+    def _write_epoch(self) -> None:
         """Traces of every rank, then checkpoint and curve, and last the state that says that the epoch is done."""
         out, epoch = self.task.out, self.epoch
         if not all(p.isfinite().all() for p in self.towers.parameters()):
             raise InputError(f"{out}: the last step of epoch {epoch} left weights that are not numbers; lower the lr")
-        write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, **traces)
+        seen = {name: values.numpy() for name, values in self.seen.joined().items()}
+        write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, **seen)
+        self.seen = Seen()
+        self._save(epoch if self.recipe.keeps(epoch) else None)
+
+    def _save(self, checkpoint: int | None = None) -> None:
+        """Curve and state, which comes last, and before them the checkpoint where an epoch is given that is kept."""
+        out = self.task.out
         now = self._time_spent()
         cpu = torch.tensor(now["cpu_seconds"], dtype=torch.float64, device=self.device)
         if self.world > 1:
-            dist.all_reduce(cpu)  # also the barrier behind which all traces are written
+            dist.all_reduce(cpu)  # also the barrier behind which the traces of all ranks are written
         self.spent = {"seconds": now["seconds"], "cpu_seconds": float(cpu)}
         self._clock = (time.perf_counter(), time.process_time())
         if self.rank == 0:
-            if self.recipe.keeps(epoch):
-                origin = {**self.task.spec, "epoch": epoch}
-                model.save(checkpoint_path(out, epoch), self.towers.state(), self.recipe, origin)
+            if checkpoint:
+                origin = {**self.task.spec, "epoch": checkpoint}
+                model.save(checkpoint_path(out, checkpoint), self.towers.state(), self.recipe, origin)
             write_curve(join(out, "curve.parquet"), self.curve)
-            state = {
-                "model": self.towers.clip.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": epoch,
-                "curve": self.curve,
-                "spent": self.spent,
-                "memory": {k: v for k, v in self.defense.memory.items() if isinstance(v, torch.Tensor)},
-            }
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write(join(out, "state.pt"), bytes(buffer.getbuffer()))
-        self._barrier()
+        state.save(self)
+        self._saved = time.monotonic()
 
     def _time_spent(self) -> dict[str, float]:
         """Wall seconds so far, and this rank's share of the CPU seconds."""
@@ -365,21 +337,5 @@ def known_poisons(ledger: str, index: Index) -> int | None:
     return int(np.isin(index.uid, np.array([str(u).encode() for u in uids], "S32")).sum())
 
 
-def _kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU the flash kernel's backward took 31% of the demo's step (16 tokens); two plain products take 5%."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
 def checkpoint_path(out: str, epoch: int) -> str:
     return join(out, f"checkpoints/epoch_{epoch:03d}")
-
-
-def _optimizer(towers: Towers, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW without decay of gains, biases, norms and the logit scale: open_clip's groups (open_clip_train/main.py)."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in towers.named_parameters():
-        plain = parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
-        (rest if plain else decay).append(parameter)
-    groups = [{"params": rest, "weight_decay": 0.0}, {"params": decay, "weight_decay": recipe.weight_decay}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)

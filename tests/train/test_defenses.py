@@ -1,6 +1,7 @@
 """Every defense on tiny real shards: that it runs, repeats, resumes, and computes what its paper writes."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -98,23 +99,27 @@ def test_it_runs_repeats_and_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run in one go and one that dies after each of its epochs end at the same bytes, which stock open_clip loads."""
+    """A run in one go and one that dies after every third step end at the same bytes, which stock open_clip loads."""
     from train.trainer import Trainer
 
     options = {"recipe": tiny, "defense": told(name), "init": start}
     train(str(poisoned), str(tmp_path / "whole"), **options)
-    ordinary = Trainer._write_epoch
+    ordinary, saves = Trainer._save, itertools.count(1)
 
-    def write_and_die(self: Trainer, traces: dict) -> None:
-        ordinary(self, traces)
-        raise Killed
+    def save_and_die(self: Trainer, checkpoint: int | None = None) -> None:
+        ordinary(self, checkpoint)
+        if next(saves) % 3 == 0:
+            raise Killed
 
-    monkeypatch.setattr(Trainer, "_write_epoch", write_and_die)
-    for _ in range(2):
-        with pytest.raises(Killed):
-            train(str(poisoned), str(tmp_path / "parts"), **options)
-    monkeypatch.setattr(Trainer, "_write_epoch", ordinary)
-    train(str(poisoned), str(tmp_path / "parts"), **options)
+    monkeypatch.setattr(Trainer, "_save", save_and_die)
+    died = 0
+    while True:
+        try:
+            train(str(poisoned), str(tmp_path / "parts"), save_minutes=0, **options)
+            break
+        except Killed:
+            died += 1
+    assert died >= 3
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     loss = pq.read_table(tmp_path / "whole" / "curve.parquet").column("loss").to_numpy()
     assert np.isfinite(loss).all() and len(np.unique(loss)) > 3

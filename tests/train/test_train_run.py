@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # What a bare GPU box does not have; an import of one of them fails.
 BARE = "import sys; sys.modules.update(dict.fromkeys(('ray', 'polars', 'faiss')))\n"
-START = BARE + "from train.launch import train; sys.exit(train(sys.argv[1], sys.argv[2], recipe=sys.argv[3]))"
+START = BARE + "from train.launch import train; sys.exit(train(*sys.argv[1:3], recipe=sys.argv[3], save_minutes=0))"
 
 
 def weights(out: Path) -> bytes:
@@ -39,12 +39,28 @@ def start(shards: Path, out: Path, recipe: str = "debug") -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", START, shards, out, recipe], env=ENVIRONMENT, cwd=ROOT)
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def state(out: Path) -> dict:
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def wait_for(out: Path, steps: int, process: subprocess.Popen) -> None:
+    """Until a state of an unfinished epoch is there, after at least so many steps."""
     deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, f"ended before {path} was there"
+    while not (out / "state.pt").exists() or len(state(out)["curve"]["step"]) < steps or not state(out)["step"]:
+        assert process.poll() is None, f"ended before step {steps}"
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.001)
+
+
+def consumed(out: Path) -> dict[int, set[str]]:
+    """Which uids each step has seen, by the traces of all ranks; every pair once an epoch."""
+    found: dict[int, list[str]] = {}
+    for file in (out / "traces").iterdir():
+        table = pq.read_table(file, columns=["uid", "step"])
+        for uid, step in zip(*(table.column(c).to_pylist() for c in ("uid", "step")), strict=True):
+            found.setdefault(step, []).append(uid)
+    assert all(len(uids) == len(set(uids)) for uids in found.values())
+    return {step: set(uids) for step, uids in sorted(found.items())}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +103,8 @@ def test_traces_hold_every_pair_of_every_epoch(finished: Path, shapes: Callable[
     mean = []
     for number, file in enumerate(files, start=1):
         table = pq.read_table(file)
-        assert table.schema.names == ["uid", "shard", "epoch", "loss", "similarity"]
-        assert [str(t) for t in table.schema.types] == ["string", "string", "int32", "float", "float"]
+        assert table.schema.names == ["uid", "shard", "epoch", "loss", "similarity", "step"]
+        assert [str(t) for t in table.schema.types] == ["string", "string", "int32", "float", "float", "int32"]
         assert set(table.column("epoch").to_pylist()) == {number}
         found = list(zip(table.column("shard").to_pylist(), table.column("uid").to_pylist(), strict=True))
         assert found == sorted(expected)
@@ -107,7 +123,7 @@ def test_first_trace_is_before_the_first_step(finished: Path, shapes: Callable[.
     """The pairs of the first batch, under the untrained model: nothing could have memorised them."""
     from pipeline.shards import list_shards
     from train import data, model
-    from train.trainer import Towers
+    from train.towers import Towers
 
     recipe = recipes.RECIPES["debug"]
     index = data.index(list_shards(str(shapes(96, 3))), 32, model.tokenizer_of(recipe))
@@ -115,7 +131,7 @@ def test_first_trace_is_before_the_first_step(finished: Path, shapes: Callable[.
     towers = Towers(model.build(recipe, 0), None).train()
     with torch.no_grad():
         images = model.normalise(batch.images.permute(0, 2, 3, 1), recipe.mean, recipe.std)
-        image, text, _ = towers(images, batch.tokens)
+        image, text, *_ = towers(images, batch.tokens)
     table = pq.read_table(finished / "traces" / "epoch_001.rank0.parquet")
     similarity = dict(zip(table.column("uid").to_pylist(), table.column("similarity").to_pylist(), strict=True))
     traced = [similarity[index.uid[row].decode()] for row in batch.rows]
@@ -219,15 +235,16 @@ def test_another_spec_in_the_same_folder_is_refused(finished: Path, shapes: Call
 
 
 def test_killed_and_resumed_gives_the_same_weights(finished: Path, shapes: Callable[..., Path], tmp_path: Path) -> None:
-    """Twice: in the middle of an epoch by SIGKILL, then by Ctrl-C; and without ray, polars and faiss."""
-    out = tmp_path / "out"
-    for trace, sign in (("epoch_003", signal.SIGKILL), ("epoch_007", signal.SIGINT)):
+    """By SIGKILL and by Ctrl-C, in the middle of an epoch and not; and without ray, polars and faiss."""
+    out, stopped_at = tmp_path / "out", []
+    for steps, sign in ((3, signal.SIGKILL), (9, signal.SIGINT)):
         process = start(shapes(96, 3), out)
-        wait_for(out / "traces" / f"{trace}.rank0.parquet", process)
+        wait_for(out, steps, process)
         process.send_signal(sign)
         assert process.wait(60) != 0
         assert not (out / "train.json").exists()
-        torch.load(out / "state.pt", weights_only=True)
+        stopped_at.append(state(out)["epoch"] * 2 + state(out)["step"])
+    assert 3 <= stopped_at[0] <= stopped_at[1] < 24
     assert start(shapes(96, 3), out).wait(120) == 0
     assert weights(out) == weights(finished)
     np.testing.assert_array_equal(curve(out), curve(finished))
@@ -239,12 +256,20 @@ def test_killed_and_resumed_gives_the_same_weights(finished: Path, shapes: Calla
     assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.timeout(600)  # alone on two cores 30 s; Ray starts slowly on a busy machine
-def test_two_ray_workers_have_the_curve_of_one(shapes: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_workers(shapes: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`debug_vit` on 128 pairs in one shard, by two Ray workers: one of them has no shard to read."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    assert train(str(shapes(128, 1)), str(out), recipe="debug_vit", workers=2) == 0
+    return out
+
+
+@pytest.mark.timeout(600)  # alone on two cores 20 s; Ray starts slowly on a busy machine
+def test_two_ray_workers_have_the_curve_of_one(shapes: Callable[..., Path], tmp_path: Path, two_workers: Path) -> None:
     """ViT has no batch statistics, so only bf16 and the order of sums differ."""
-    shards = shapes(128, 4)
-    for workers in (1, 2):
-        assert train(str(shards), str(tmp_path / str(workers)), recipe="debug_vit", workers=workers) == 0
+    assert train(str(shapes(128, 1)), str(tmp_path / "1"), recipe="debug_vit") == 0
+    assert consumed(tmp_path / "1") == consumed(two_workers)
+    (tmp_path / "2").symlink_to(two_workers)
     one, two = (curve(tmp_path / str(w)) for w in (1, 2))
     assert len(one) == len(two) == 24 and two[-4:].mean() < two[:4].mean() - 0.3
     np.testing.assert_allclose(one[:6], two[:6], atol=0.02)
@@ -264,6 +289,42 @@ def test_two_ray_workers_have_the_curve_of_one(shapes: Callable[..., Path], tmp_
         )
     ]
     np.testing.assert_allclose([losses[1][u] for u in losses[0]], list(losses[0].values()), atol=0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_ray_worker_is_replaced_and_the_run_goes_on(
+    shapes: Callable[..., Path], tmp_path: Path, two_workers: Path
+) -> None:
+    """SIGKILL to one of two in the middle of an epoch, twice: the same samples in the same steps, the same weights."""
+    code = "import sys; from train.launch import train; "
+    code += "sys.exit(train(*sys.argv[1:3], recipe='debug_vit', workers=2, save_minutes=0))"
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, shapes(128, 1), out], env=ENVIRONMENT | {"RAY_ADDRESS": "local"}, cwd=ROOT
+    )
+    for steps in (3, 13):
+        wait_for(out, steps, process)
+        os.kill(train_workers(process.pid)[0], signal.SIGKILL)
+    assert process.wait(400) == 0
+    assert consumed(out) == consumed(two_workers)
+    np.testing.assert_array_equal(curve(out), curve(two_workers))
+    assert weights(out) == weights(two_workers)
+
+
+def train_workers(driver: int) -> list[int]:
+    """The processes of Ray's training workers among the offspring of a driver."""
+    parent, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_text()
+        except OSError:  # it has ended
+            continue
+
+    def below(process: int) -> bool:
+        return process == driver or (process in parent and below(parent[process]))
+
+    return sorted(p for p, name in names.items() if "RayTrainWorker" in name and below(p))
 
 
 def test_an_error_of_a_ray_worker_is_one_line(tmp_path: Path, shapes: Callable[..., Path]) -> None:

@@ -29,7 +29,7 @@ class Defense:
 
     @cached_property
     def memory(self) -> dict[str, Any]:
-        """What a run remembers, alike on all ranks. Tensors are saved with each epoch, and are there after a resume."""
+        """What a run remembers, alike on all ranks at every step. Tensors are saved and are there after a resume."""
         return {}
 
     def by_content(self) -> "Defense":
@@ -57,7 +57,10 @@ class Defense:
         """Called on every rank before the first step, and before a resume brings weights and memory back."""
 
     def chosen(self, epoch: int) -> np.ndarray | None:
-        """bool[n]: the pairs of the index that an epoch (1-based) passes through; None for all."""
+        """bool[n]: the pairs of the index that an epoch (1-based) passes through; None for all.
+
+        It must not change within the epoch, since a run that is resumed there asks again.
+        """
         return None
 
     def augment(self, batch: "Batch") -> "Batch":

@@ -26,7 +26,7 @@ def encoded(
     trainer.towers.eval()
     with torch.no_grad():
         for batch in data.batches(trainer.index, plain, seed, epoch, trainer.rank, trainer.world, chosen=chosen):
-            image, text, _ = trainer.encode(trainer.towers, batch)
+            image, text, *_ = trainer.encode(trainer.towers, batch)
             yield batch.rows, image, text
     trainer.towers.train()
 

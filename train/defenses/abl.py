@@ -18,7 +18,7 @@ import torch
 
 from pipeline.errors import InputError
 from train.defenses import Defense
-from train.defenses._contrastive import average, summed
+from train.defenses._contrastive import average, gathered
 
 if TYPE_CHECKING:
     from train.data import Batch
@@ -70,7 +70,7 @@ class abl(Defense):
         tuned, finetuned = self.memory["ends"]
         if epoch <= tuned:
             return None
-        isolated = self.memory["isolated"].cpu().numpy()
+        isolated = self.memory["isolated"].cpu().numpy().copy()  # what is added below is not isolated
         if epoch <= finetuned:
             return ~isolated
         clean = np.flatnonzero(~isolated)
@@ -83,13 +83,13 @@ class abl(Defense):
         losses, rows = features.losses, torch.from_numpy(batch.rows).to(features.losses.device)
         if batch.epoch <= tuned:
             if batch.epoch == tuned:
-                self.memory["losses"][rows] = losses.detach().float()
+                self.memory["losses"][gathered(rows)] = gathered(losses.detach().float())
             return (torch.sign(losses - self.gamma).detach() * losses).mean()
         return losses.mean() if batch.epoch <= finetuned else -average(losses, self.memory["isolated"][rows])
 
     def epoch_end(self, trainer: "Trainer") -> None:
         if trainer.epoch + 1 == self.memory["ends"][0]:
-            losses = summed(self.memory["losses"]).cpu().numpy()
+            losses = self.memory["losses"].cpu().numpy()
             n = max(2 * trainer.world, round(self.isolate * len(losses)))
             seen = np.where(losses == 0, np.inf, losses)  # a pair that no rank had is not easy
             self.memory["isolated"][np.argsort(seen, kind="stable")[:n].copy()] = True

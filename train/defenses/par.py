@@ -51,7 +51,7 @@ class par(Trusted):
 
     def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
         with torch.no_grad():
-            image, text, _ = self.memory["poisoned"](batch)
+            image, text, *_ = self.memory["poisoned"](batch)
         moved = [(a - b).square().sum(1).mean() for a, b in ((features.image, image), (features.text, text))]
         near = [bool(summed(m.detach()) / world() <= self.threshold) for m in moved]
         return features.losses.mean() - sum(m * n for m, n in zip(moved, near, strict=True)) / 2
