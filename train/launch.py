@@ -192,12 +192,12 @@ def _nothing() -> Iterator[None]:
 def _claim(task: "Task") -> None:
     """The spec that says whose the folder is, first; then the folders. What killed runs left is removed."""
     write(join(task.out, "spec.json"), json.dumps(task.spec, indent=1).encode())
+    for leftover in Path(task.out, "checkpoints").glob(".*.tmp"):  # folders, which the next lines cannot clear
+        shutil.rmtree(leftover)
     for folder in ("traces", "checkpoints"):
         make_folder(join(task.out, folder))
         clear_temporaries(join(task.out, folder))
     clear_temporaries(task.out)
-    for leftover in Path(task.out, "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(leftover)
 
 
 def _here(task: "Task") -> None:
