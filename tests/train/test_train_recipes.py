@@ -32,6 +32,27 @@ def test_digest_sees_every_field_but_the_summary() -> None:
     assert len({r.digest for r in RECIPES.values()}) == len(RECIPES)
 
 
+def test_fields_that_came_later_leave_old_digests() -> None:
+    """As train.json has them since the first release."""
+    assert RECIPES["debug"].digest == "ee303b6311b37bda" and RECIPES["demo"].digest == "18d7e649f166da8a"
+    assert dataclasses.replace(RECIPES["debug"], accumulate=2).digest != RECIPES["debug"].digest
+    assert dataclasses.replace(RECIPES["debug"], loss="siglip").digest != RECIPES["debug"].digest
+
+
+def test_vit_b_32_is_open_clips() -> None:
+    import open_clip
+
+    ours, theirs = RECIPES["vit_b_32"].model, open_clip.get_model_config("ViT-B-32")
+    assert {k: v for k, v in ours.items() if k != "init_logit_scale"} == theirs
+    assert RECIPES["vit_b_32"].mean == open_clip.OPENAI_DATASET_MEAN
+    assert RECIPES["vit_b_32"].std == open_clip.OPENAI_DATASET_STD
+
+
+def test_the_last_epochs_are_kept() -> None:
+    recipe = dataclasses.replace(RECIPES["debug"], last=3)
+    assert [e for e in range(1, recipe.epochs + 1) if recipe.keeps(e)] == [4, 8, 10, 11, 12]
+
+
 def test_recipes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["debug"].lr = 1.0  # type: ignore[misc]

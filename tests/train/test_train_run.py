@@ -360,6 +360,15 @@ def test_torchrun_with_a_resnet(shapes: Callable[..., Path], tmp_path: Path) -> 
     assert json.loads((tmp_path / "two" / "train.json").read_text())["workers"] == 2
 
 
+def test_siglip_learns_and_stock_open_clip_has_its_bias(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    import open_clip
+
+    train(str(shapes(96, 3)), str(tmp_path / "out"), recipe="debug_siglip")
+    assert curve(tmp_path / "out")[-2:].mean() < 0.6 * curve(tmp_path / "out")[:2].mean()
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{final_checkpoint(str(tmp_path / 'out'))}")
+    assert -12 < model.logit_bias.item() < -8 and model.logit_bias.item() != -10
+
+
 def test_a_data_set_smaller_than_a_batch(
     shapes: Callable[..., Path], tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture
 ) -> None:
