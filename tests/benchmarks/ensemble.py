@@ -73,7 +73,7 @@ def _table(plan: Config, attack: str, seed: int, out: str) -> Canaries:
 
 
 def _named(rule: Rule, table: Canaries) -> Rule:
-    """The rule with the loop's columns: who reads no embeddings was scored at another epoch there, with equal scores."""
+    """The rule with the columns of the loop, where who reads no embeddings was scored at another epoch."""
     names = [name if name in table.columns else name.partition(":")[2] or name for name in rule.detectors]
     return replace(rule, detectors=tuple(column(table.columns, name) for name in names))
 
