@@ -40,6 +40,7 @@ from pipeline.shards.store import (
 from pipeline.spec import digest
 
 RUN = "run.json"  # what a folder is the output of, and of how many shards
+STARTS = 3  # tries of Ray to come up
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
 READERS = 16  # markers that are read at once
@@ -366,8 +367,10 @@ def _input(job: Job, shard: Shard) -> dict[str, Any]:
 def _ray() -> Any:
     import ray
 
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that was given no GPU sees none
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that was given no GPU sees none
+    for left in range(STARTS - 1, -1, -1):
+        if ray.is_initialized():
+            break
         try:
             # finds RAY_ADDRESS or a running cluster; otherwise starts one that ends with this process
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -375,7 +378,10 @@ def _ray() -> Any:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
             why = str(error).splitlines()[0][:200]
-            raise NotStarted(
-                f"Ray did not start ({why}); run the same command again when the machine is less busy"
-            ) from error
+            ray.shutdown()
+            if not left:
+                raise NotStarted(
+                    f"Ray did not start ({why}); run the same command again when the machine is less busy"
+                ) from error
+            console.print(f"Ray did not start ({why}); trying again")
     return ray
