@@ -9,6 +9,7 @@ a task was given a GPU it searches there, and always the whole pool.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,29 @@ KEPT = 8  # references with lists, which take minutes to make
 
 Found = tuple[np.ndarray, np.ndarray]
 Find = Callable[[np.ndarray, np.ndarray, int], Found]
-_references: dict[tuple[Drawn, str], "Reference"] = {}
+_references: dict[tuple[Drawn, tuple[str, ...], bool], "Reference"] = {}
+
+
+class Search(NamedTuple):
+    """Whose nearest are looked for among what: a column of the queries, and columns of the pool one below the other.
+
+    Without a column, those of the pool's own rows.
+    """
+
+    column: str
+    among: tuple[str, ...]
+    cosine: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.column} in {'+'.join(self.among)}{' by cosine' if self.cosine else ''}"
+
+
+class InBlocks(NamedTuple):
+    """The nearest of each row of a batch in its own block."""
+
+    among: tuple[str, ...]
+    size: int
+    alone: bool
 
 
 def neighbours(
@@ -38,25 +61,21 @@ def neighbours(
     the c-th. With `cosine`, all rows at length one. A pair in the pool with the query's own uid is not its neighbour.
     Queries with NaN get NaN distances. Raises ValueError where the pool has too few rows.
     """
-    where = _search_name(among or (column,), cosine)
-    return _once(queries, f"{column} in {where}", pool, lambda k: _near(queries, pool, column, where, k), k)
+    wanted = Search(column, tuple(among) or (column,), cosine)
+    return _once(queries, wanted, pool, lambda k: _near(queries, pool, wanted, k), k)
 
 
 def pool_distances(pool: Batch, columns: Sequence[str], k: int) -> np.ndarray:
     """Distances float32[m, k] of each row of the stacked pool to its k neighbours there."""
     everything = slice(0, len(pool) * len(columns))
-    return _once(pool, within(columns), None, lambda k: near_within(pool, columns, k, everything), k)[0]
-
-
-def within(columns: Sequence[str]) -> str:
-    """The name of that search among what a pool has `found`."""
-    return f"within {_search_name(columns, False)}"
+    wanted = Search("", tuple(columns))
+    return _once(pool, wanted, None, lambda k: near_within(pool, columns, k, everything), k)[0]
 
 
 def near_within(pool: Batch, columns: Sequence[str], k: int, part: slice) -> Found:
     """The same of these rows of the stacked pool, not remembered; and which rows the neighbours are."""
     own = _pairs(len(pool), len(columns))[part]
-    reference = _reference(pool, _search_name(columns, False))
+    reference = _reference(pool, tuple(columns))
     rows = _below([getattr(pool, name) for name in columns])
     whole = part.start == 0 and part.stop == len(rows)
     return search(rows if whole else rows[part], reference, own, k)
@@ -82,8 +101,7 @@ def batch_neighbours(batch: Batch, columns: Sequence[str], size: int, k: int, al
             offset += len(rows)
         return np.concatenate(distances), np.concatenate(indices)
 
-    name = f"in blocks of {size} {_search_name(columns, False)}{' alone' if alone else ''}"
-    return _once(batch, name, None, find, k)
+    return _once(batch, InBlocks(tuple(columns), size, alone), None, find, k)
 
 
 def blocks(n: int, size: int) -> list[tuple[int, int]]:
@@ -169,57 +187,40 @@ def search(rows: np.ndarray, reference: Reference, own: np.ndarray, k: int, exac
     return distance, index
 
 
-def recall(queries: Batch, pool: Batch, rows: np.ndarray, name: str) -> tuple[int, int]:
+def recall(queries: Batch, pool: Batch, rows: np.ndarray, wanted: Search) -> tuple[int, int]:
     """How many of the neighbours of these rows were found by a search in the pool, and of how many."""
-    column, _, where = name.partition(" in ")
-    distance, index = searches(queries, pool)[name]
-    truth, nearest = _near(queries.take(rows), pool, column, where, index.shape[1], exact=True)
+    distance, index = searches(queries, pool)[wanted]
+    truth, nearest = _near(queries.take(rows), pool, wanted, index.shape[1], exact=True)
     known = np.isfinite(truth).all(axis=1)
     # by distance: of rows that are equally far any is right
     hits = int((distance[rows][known] <= truth[known][:, -1:] * (1 + 1e-5)).sum())
     return hits, nearest[known].size
 
 
-def searched_columns(name: str) -> tuple[str, list[str]]:
-    """Of the name of a search: the column of the queries, and those of the pool."""
-    column, _, where = name.partition(" in ")
-    return column, _searched(where)[0]
+def searches(queries: Batch, pool: Batch) -> dict[Search, Found]:
+    """What was found for these rows in this pool."""
+    return {wanted: (distance, index) for wanted, (where, distance, index) in queries.found.items() if where is pool}
 
 
-def searches(queries: Batch, pool: Batch) -> dict[str, Found]:
-    """What was found for these rows in this pool, by the name of the search."""
-    return {name: (distance, index) for name, (where, distance, index) in queries.found.items() if where is pool}
-
-
-def remember(queries: Batch, pool: Batch, found: dict[str, Found]) -> None:
+def remember(queries: Batch, pool: Batch, found: dict[Search, Found]) -> None:
     """What an earlier run found for these very rows in this pool."""
-    for name, (distance, index) in found.items():
-        queries.found[name] = (pool, distance, index)
+    for wanted, (distance, index) in found.items():
+        queries.found[wanted] = (pool, distance, index)
 
 
-def _near(queries: Batch, pool: Batch, column: str, where: str, k: int, exact: bool = False) -> Found:
-    rows, (columns, cosine) = getattr(queries, column), _searched(where)
+def _near(queries: Batch, pool: Batch, wanted: Search, k: int, exact: bool = False) -> Found:
+    rows, (_, columns, cosine) = getattr(queries, wanted.column), wanted
     at = {uid: row for row, uid in enumerate(pool.uid)}
     own = np.asarray([at.get(uid, -1) for uid in queries.uid], np.int64)[:, None]
     own = np.where(own < 0, -1, own + len(pool) * np.arange(len(columns)))
-    return search(unit(rows) if cosine else rows, _reference(pool, where), own, k, exact)
+    return search(unit(rows) if cosine else rows, _reference(pool, columns, cosine), own, k, exact)
 
 
-def _search_name(columns: Sequence[str], cosine: bool) -> str:
-    return "+".join(columns) + (" by cosine" if cosine else "")
-
-
-def _searched(where: str) -> tuple[list[str], bool]:
-    columns, cosine, _ = where.partition(" by cosine")
-    return columns.split("+"), bool(cosine)
-
-
-def _reference(pool: Batch, where: str) -> Reference:
+def _reference(pool: Batch, columns: tuple[str, ...], cosine: bool = False) -> Reference:
     """The pool as a search wants it; with lists, kept for the next shard, whose pool is the same in other memory."""
-    key = (pool.drawn, where)
+    key = (pool.drawn, columns, cosine)
     made = _references.pop(key, None)
     if made is None:
-        columns, cosine = _searched(where)
         rows = _below([getattr(pool, name) for name in columns])
         made = Reference.of(unit(rows) if cosine else rows, pool.drawn.probes)
     if pool.drawn.digests and made.lists:
@@ -246,13 +247,13 @@ def _below(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _once(batch: Batch, name: str, pool: Batch | None, find: Callable[[int], Found], k: int) -> Found:
+def _once(batch: Batch, what: Search | InBlocks, pool: Batch | None, find: Callable[[int], Found], k: int) -> Found:
     """find(k), remembered with the batch; what was found for a larger k serves a smaller one.
 
     The largest k of the run is found at once, and in every shard: which of several rows that are equally far are found
     may hang on k.
     """
-    known = batch.found.get(name)
+    known = batch.found.get(what)
     if known is None or known[0] is not pool or known[1].shape[1] < k:
         wanted = max(k, (pool or batch).drawn.k)
         try:
@@ -261,7 +262,7 @@ def _once(batch: Batch, name: str, pool: Batch | None, find: Callable[[int], Fou
             if wanted == k:
                 raise
             known = (pool, *find(k))
-        batch.found[name] = known
+        batch.found[what] = known
     return known[1][:, :k], known[2][:, :k]
 
 

@@ -218,7 +218,9 @@ def test_a_few_probes_find_nearly_all_and_say_how_many():
         distance, index = _knn.neighbours(queries, there, "image_embedding", 10)
         plain = np.linalg.norm(queries.image_embedding[:, None] - pool.image_embedding[index], axis=2)
         assert np.allclose(distance, plain, rtol=1e-4)
-        hits, of = _knn.recall(queries, there, np.arange(0, 500, 5), "image_embedding in image_embedding")
+        hits, of = _knn.recall(
+            queries, there, np.arange(0, 500, 5), _knn.Search("image_embedding", ("image_embedding",))
+        )
         right = int((distance <= truth[:, -1:] * (1 + 1e-5))[::5].sum())
         assert (hits, of) == (right, 1000)
         recalls.append(hits / of)
