@@ -13,6 +13,7 @@ from pipeline import sidecars, spec
 from pipeline.draw import generator, hash64
 from pipeline.embed import _write as write_embeddings
 from pipeline.errors import InputError
+from pipeline.reference import _smallest
 from pipeline.score import read_scores, score
 from pipeline.shard_map import ShardsFailed
 from pipeline.shards import list_shards, uids
@@ -340,3 +341,14 @@ def test_an_emptied_shard_is_scored_to_nothing(tmp_path):
     score(str(folder), str(tmp_path / "s"), detector=names)
     assert read_scores(str(tmp_path / "s/00000001.scores.parquet"))["uid"].tolist() == []
     assert len(all_scores(tmp_path / "s")["recurring_patch()"]) == 20
+
+
+def test_a_pool_is_drawn_from_few_offers_and_all_the_same(tmp_path):
+    """The shard that has nearly all pairs offers too few at first, and is asked again."""
+    folder = shards(tmp_path / "few", pairs(0, 12), 1)
+    write_tar(folder / "large.tar", pairs(12, 700))
+    listed = list_shards(str(folder))
+    drawn = _smallest(listed, "key", 300, 5, 0)
+    every = [(hash64(5, "pool", who), who, shard.name) for shard in listed for who in uids(shard)]
+    assert drawn == sorted(every)[:300]
+    assert 64 + 4 * 300 // len(listed) < sum(name == "large" for _, _, name in drawn)
