@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.shards.store import exists, join
 
 CHECKED = 8  # pairs of a shard whose neighbours are looked up again without lists
-ENGINE = ("_batch.py", "_knn.py", "_lists.py")
+ENGINE = ("_batch.py", "_knn.py", "_lists.py", "_search.py")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class Neighbours:
                 search = Search(told["column"], tuple(told["among"]), told["cosine"])
                 if told["of"] == self._of(search, pool):
                     distance, row = _matrix(table, f"{search} distance"), _matrix(table, f"{search} row")
-                    # fewer than this run's k are found anew, or ties would fall otherwise than in other shards
                     if distance.shape[1] >= pool.drawn.k:
                         found[search], counted[search] = (distance, row.astype(np.int64)), told["recall"]
         except (InputError, KeyError, ValueError, TypeError, AttributeError):  # of another version, or not ours
