@@ -261,7 +261,8 @@ class _Marked:
         source = _input(self.job, shard)  # before the work: a file that is replaced meanwhile is done again
         marker = _same_bytes(self.job, shard)
         if marker is None:
-            _clear(out, shard)
+            if not getattr(self.work, "clears", False):
+                clear(out, shard)
             counts = self.work(shard, out, *shared)
             if counts.read != counts.out + counts.dropped + counts.failed:
                 raise AssertionError(
@@ -347,8 +348,11 @@ def _same_bytes(job: Job, shard: Shard) -> dict[str, Any] | None:
     return marker if same else None
 
 
-def _clear(out: str, shard: Shard) -> None:
-    """Remove what was made of a shard by another spec: a failure must not leave it for the next stage to find."""
+def clear(out: str, shard: Shard) -> None:
+    """Remove what was made of a shard by another spec: a failure must not leave it for the next stage to find.
+
+    Work that takes something over from there says that it `clears`, and does so first of all.
+    """
     if exists(path := marker_path(out, shard)):
         marker = _read_marker(path)
         remove(path)
