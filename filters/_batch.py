@@ -86,7 +86,7 @@ class Batch:
     published_similarity: np.ndarray = field(default_factory=_absent)
     hash_agrees: np.ndarray = field(default_factory=_absent)
     drawn: Drawn = Drawn()
-    found: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    found: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.uid)

@@ -28,32 +28,29 @@ class Lists:
     probes: int
 
 
-def make_lists(y: np.ndarray, usable: np.ndarray, probes: int) -> Lists:
-    """Of rows y float32[m, d]; the same for the same rows. Rows that are not usable are in no list, at the end."""
+def make_lists(y: np.ndarray, probes: int) -> Lists:
+    """Of rows y float32[m, d]."""
     import faiss
 
-    (good,) = np.nonzero(usable)
-    count = max(1, min(2 * int(len(good) ** 0.5), len(good) // TRAINED))
+    count = max(1, min(2 * int(len(y) ** 0.5), len(y) // TRAINED))
     means = faiss.Kmeans(y.shape[1], count, niter=ITERATIONS, seed=0, max_points_per_centroid=TRAINED)
-    means.train(y[good] if len(good) < len(y) else y)
+    means.train(y)
     centroids = np.asarray(means.centroids, np.float32)
-    assigned = np.full(len(y), count)
-    for first in range(0, len(good), ASSIGNED):
-        part = good[first : first + ASSIGNED]
-        assigned[part] = _closeness(y[part], centroids).argmax(axis=1)
+    parts = [y[first : first + ASSIGNED] for first in range(0, len(y), ASSIGNED)]
+    assigned = np.concatenate([_closeness(part, centroids).argmax(axis=1) for part in parts])
     order = np.argsort(assigned, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    start = np.concatenate([[0], np.cumsum(np.bincount(assigned, minlength=count)[:count])])
+    start = np.concatenate([[0], np.cumsum(np.bincount(assigned, minlength=count))])
     return Lists(centroids, start, order, place, min(probes, count))
 
 
 def by_lists(
-    y: np.ndarray, half: np.ndarray, lists: Lists, exact: Callable[[np.ndarray, np.ndarray, int], Found]
-) -> Callable[[np.ndarray, np.ndarray, int], Found]:
-    """Find among y, in the order of the lists. `exact` is asked for rows whose lists hold fewer than k others."""
+    y: np.ndarray, half: np.ndarray, lists: Lists, everywhere: Callable[[np.ndarray, int], Found]
+) -> Callable[[np.ndarray, int], Found]:
+    """Find among y, in the order of the lists; `everywhere` for rows whose lists hold fewer than k."""
 
-    def find(x: np.ndarray, own: np.ndarray, k: int) -> Found:
+    def find(x: np.ndarray, k: int) -> Found:
         n, probes = len(x), lists.probes
         probed = np.argpartition(_closeness(x, lists.centroids), -probes, axis=1)[:, -probes:]
         values = np.full((n, probes, k), -np.inf, np.float32)
@@ -67,9 +64,6 @@ def by_lists(
                 continue
             closeness = x[row] @ y[first:last].T
             closeness -= half[first:last]
-            for column in own.T:
-                (mine,) = np.nonzero((column[row] >= first) & (column[row] < last))
-                closeness[mine, column[row[mine]] - first] = -np.inf
             most = min(k, last - first)
             best, where = greatest(closeness, most)
             values[row, probe, :most], places[row, probe, :most] = best, where + first
@@ -79,7 +73,7 @@ def by_lists(
         short = np.flatnonzero(np.isneginf(value).any(axis=1))
         for first in range(0, len(short), ASSIGNED // 2):
             rows = short[first : first + ASSIGNED // 2]
-            value[rows], at[rows] = exact(x[rows], own[rows], k)
+            value[rows], at[rows] = everywhere(x[rows], k)
         return value, at
 
     return find

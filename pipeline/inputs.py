@@ -28,8 +28,8 @@ class Inputs:
     traces: str
     uid: UidRule
 
-    def check(self, needs: Collection[str]) -> None:
-        """Raises InputError where a folder is missing that a column comes from."""
+    def check(self, shards: Sequence[Shard], needs: Collection[str]) -> None:
+        """Raises InputError where a folder is missing that a column comes from, or has nothing of these shards."""
         if self.earlier and self.earlier == self.embeddings:
             raise InputError("--earlier: the same folder as --embeddings; give those of an earlier checkpoint")
         for columns, folder, says in (
@@ -43,6 +43,10 @@ class Inputs:
         ):
             if set(columns) & set(needs) and not folder:
                 raise InputError(f"these detectors need {says}")
+        for columns, folder in ((EMBEDDED, self.embeddings), (EARLIER, self.earlier)):
+            paths = [embeddings_path(folder, shard.name) for shard in shards]
+            if set(columns) & set(needs) and not existing(paths):
+                raise InputError(f"{folder}: no embeddings of these shards; make them with `mithridate embed`")
 
     def files(self, shards: Sequence[Shard], needs: Collection[str]) -> list[str]:
         """All that exist of the files that are read besides the shards."""

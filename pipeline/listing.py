@@ -6,6 +6,8 @@ from typing import Literal
 
 from pipeline.spec import entry, names
 
+PIPED = 200  # columns where there is no terminal
+
 
 def list_entries(kind: Literal["attacks", "detectors", "defenses", "audits", "policies", "recipes"], /) -> int:
     """List what can be named in a SPEC.
@@ -35,7 +37,9 @@ def list_entries(kind: Literal["attacks", "detectors", "defenses", "audits", "po
     table = Table("name", "summary", "parameters", box=None, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table if rows else f"no {kind} yet")
+    terminal = Console()
+    out = terminal if terminal.is_terminal else Console(width=PIPED)
+    out.print(table if rows else f"no {kind} yet")
     return 0
 
 

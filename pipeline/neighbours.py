@@ -6,7 +6,7 @@ another engine, in another pool, or for other embeddings is found anew, and with
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,13 +16,13 @@ import numpy as np
 
 import filters
 from filters._batch import Batch
-from filters._knn import recall, remember, searched_columns, searches
+from filters._knn import Search, recall, remember, searches
 from pipeline import sidecars, spec
 from pipeline.errors import InputError
 from pipeline.shards.store import exists, join
 
 CHECKED = 8  # pairs of a shard whose neighbours are looked up again without lists
-ENGINE = ("_batch.py", "_knn.py", "_lists.py")
+ENGINE = ("_batch.py", "_knn.py", "_lists.py", "_search.py")
 
 
 @dataclass(frozen=True)
@@ -45,54 +45,56 @@ class Neighbours:
             facts = json.loads((table.schema.metadata or {})[b"mithridate"])
             if table.column("uid").to_pylist() != batch.uid.tolist():
                 return NOTHING
-            names = [name for name, of in facts["of"].items() if of == self._of(name, pool)]
-            found = {name: (_matrix(table, f"{name} distance"), _matrix(table, f"{name} row")) for name in names}
-            # fewer than this run's k are found anew, or ties would fall otherwise than in other shards
-            found = {name: arrays for name, arrays in found.items() if arrays[0].shape[1] >= pool.drawn.k}
-            counted = {name: facts["recall"].get(name, (0, 0)) for name in found}
-            known = Known(frozenset((name, rows.shape[1]) for name, (rows, _) in found.items()), counted)
+            found, counted = {}, {}
+            for told in facts:
+                search = Search(told["column"], tuple(told["among"]), told["cosine"])
+                if told["of"] == self._of(search, pool):
+                    distance, row = _matrix(table, f"{search} distance"), _matrix(table, f"{search} row")
+                    if distance.shape[1] >= pool.drawn.k:
+                        found[search], counted[search] = (distance, row.astype(np.int64)), told["recall"]
         except (InputError, KeyError, ValueError, TypeError, AttributeError):  # of another version, or not ours
             return NOTHING
-        remember(batch, pool, {name: (distance, row.astype(np.int64)) for name, (distance, row) in found.items()})
-        return known
+        remember(batch, pool, found)
+        return Known({search: distance.shape[1] for search, (distance, _) in found.items()}, counted)
 
     def save(self, batch: Batch, pool: Batch, known: "Known") -> tuple[int, int]:
         """Write what was found since; returns how many neighbours the lists gave of how many that were looked up."""
         import pyarrow as pa
 
         found = searches(batch, pool)
-        new = [name for name, (rows, _) in found.items() if (name, rows.shape[1]) not in known.searches]
-        counted = dict(known.recall)
+        new = [search for search, (distance, _) in found.items() if known.k.get(search) != distance.shape[1]]
+        some = np.unique(np.linspace(0, len(batch) - 1, CHECKED, dtype=np.int64)) if len(batch) else np.arange(0)
+        counted = dict.fromkeys(found, (0, 0)) | dict(known.recall)
         if pool.drawn.probes:
-            some = np.unique(np.linspace(0, len(batch) - 1, CHECKED, dtype=np.int64)) if len(batch) else np.arange(0)
-            counted |= {name: recall(batch, pool, some, name) for name in new}
+            counted |= {search: recall(batch, pool, some, search) for search in new}
         hits, of = (sum(one[i] for one in counted.values()) for i in (0, 1))
         if not new:
             return hits, of
         columns = {"uid": pa.array(batch.uid, pa.string())}
-        for name, (distance, row) in found.items():
-            columns[f"{name} distance"] = _lists(distance.astype(np.float32))
-            columns[f"{name} row"] = _lists(row.astype(np.int32))
-        facts = json.dumps({"of": {name: self._of(name, pool) for name in found}, "recall": counted})
-        table = pa.table(columns).replace_schema_metadata({"mithridate": facts})
+        facts = []
+        for search, (distance, row) in found.items():
+            columns[f"{search} distance"] = _fixed(distance.astype(np.float32))
+            columns[f"{search} row"] = _fixed(row.astype(np.int32))
+            facts.append({**search._asdict(), "of": self._of(search, pool), "recall": counted[search]})
+        table = pa.table(columns).replace_schema_metadata({"mithridate": json.dumps(facts)})
         sidecars.save(self.path, table, compression="none", use_dictionary=False)
         return hits, of
 
-    def _of(self, name: str, pool: Batch) -> str:
-        """What a search is of: these queries, these rows of the pool, and this engine."""
-        query, columns = searched_columns(name)
-        return spec.digest([self.stamps.get(query), pool.drawn.digest(columns), pool.drawn.probes, _engine()])
+    def _of(self, search: Search, pool: Batch) -> str:
+        """What was searched: these queries, these rows of the pool, by this engine."""
+        rows = pool.drawn.digest(search.among)
+        return spec.digest([self.stamps.get(search.column), rows, pool.drawn.probes, _engine()])
 
 
 @dataclass(frozen=True)
 class Known:
-    """The searches that a file had, each with its k, and what was counted of their recall."""
+    """Of each search that a file had its k, and what was counted of its recall: hits, and of how many."""
 
-    searches: Collection[tuple[str, int]]
-    recall: Mapping[str, tuple[int, int]]
+    k: Mapping[Search, int]
+    recall: Mapping[Search, tuple[int, int]]
 
 
-NOTHING = Known(frozenset(), {})
+NOTHING = Known({}, {})
 
 
 @cache
@@ -100,7 +102,7 @@ def _engine() -> str:
     return spec.digest([(Path(str(filters.__path__[0])) / name).read_text() for name in ENGINE])
 
 
-def _lists(values: np.ndarray) -> Any:
+def _fixed(values: np.ndarray) -> Any:
     import pyarrow as pa
 
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])

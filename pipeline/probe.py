@@ -223,14 +223,16 @@ def _tell(
 def _out_of_fold(values: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedKFold
+    from threadpoolctl import threadpool_limits
 
     scores = np.zeros(len(labels))
-    for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(values, labels):
-        model = HistGradientBoostingClassifier(
-            max_iter=60, max_leaf_nodes=15, min_samples_leaf=8, class_weight="balanced", random_state=seed
-        )
-        model.set_params(early_stopping=False)
-        scores[test] = model.fit(values[train], labels[train]).decision_function(values[test])
+    with threadpool_limits(1, "openmp"):  # more of them wait for each other thousands of times
+        for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(values, labels):
+            model = HistGradientBoostingClassifier(
+                max_iter=60, max_leaf_nodes=15, min_samples_leaf=8, class_weight="balanced", random_state=seed
+            )
+            model.set_params(early_stopping=False)
+            scores[test] = model.fit(values[train], labels[train]).decision_function(values[test])
     return scores
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from filters._batch import COLUMNS, Batch, Drawn
-from filters._knn import near_within, within
+from filters._knn import Search, near_within
 from pipeline.draw import hash64
 from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
@@ -115,7 +115,7 @@ def look_within(pool: Batch, wanted: Mapping[tuple[str, ...], int]) -> None:
             if isinstance(found, InputError):
                 raise found
             distances[block.rows] = found.distances
-        pool.found[within(columns)] = (None, distances, np.empty((n, 0), np.int64))
+        pool.found[Search("", columns)] = (None, distances, np.empty((n, 0), np.int64))
 
 
 def check_one_model(models: dict[str, str], theirs: dict[str, str], shard: str) -> None:

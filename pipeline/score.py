@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,10 +23,10 @@ from pipeline.ledger import beside, poisoned_uids
 from pipeline.neighbours import Neighbours
 from pipeline.progress import console
 from pipeline.reference import check_one_model, draw_pool, look_within
-from pipeline.shard_map import Job, check_made_from, each, shard_map
+from pipeline.shard_map import RUN, Job, check_made_from, clear, code_digest, each, shard_map
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest, uids
 from pipeline.shards.sample import check_unique
-from pipeline.shards.store import absolute, exists, join, stamp
+from pipeline.shards.store import absolute, exists, glob, join, stamp, view
 from train.metrics import wilson
 
 
@@ -67,7 +67,9 @@ def score(
     embedded, before, traced = (absolute(folder) if folder else "" for folder in (embeddings, earlier, traces))
     inputs = Inputs(embedded, before, traced, uid)
     needs = {need for entry in entries for need in entry.needs}
-    inputs.check(needs)
+    inputs.check(listed, needs)
+    names = [spec.text(entry) for entry in entries]
+    _refuse_to_drop(out, names)
     known = None
     if "poisoned" in needs:
         known = poisoned_uids(ledger or beside(listed))
@@ -82,7 +84,6 @@ def score(
             raise InputError(
                 f"{spec.text(entry)}: k must be between 1 and the pool's {len(reference.rows)} rows less one"
             )
-    names = [spec.text(entry) for entry in entries]
     models = reference.models if reference else {}
     counting = any(hasattr(entry, "summarize") for entry in entries)
     facts = {
@@ -111,6 +112,11 @@ def score(
     for marker in markers:  # without a pool no shard knew of another
         check_one_model(models, marker["facts"]["models"], marker["output"])
         models = models | marker["facts"]["models"]
+    _report(markers, names, probes)
+    return 0
+
+
+def _report(markers: Sequence[dict[str, Any]], names: Sequence[str], probes: int) -> None:
     total = sum(m["read"] for m in markers)
     for name in names:
         spent = sum(m["seconds"].get(name, 0.0) for m in markers)
@@ -124,15 +130,16 @@ def score(
             f"  of the nearest rows {probes} probes found {hits / of:.1%} ({low:.1%}–{high:.1%} of {of:,}, which were "
             "looked up in the whole pool)"
         )
-    return 0
 
 
 def _say_company(pool: Batch, comparing: Sequence[Any], ledger: str) -> None:
     """A poison with k of its kind in the pool is in good company: say from which share of the dataset on that is so."""
-    ks = sorted({entry.k for entry in comparing if hasattr(entry, "k")})
-    shares = ", ".join(f"k={k} from {k / len(pool):.2%}" for k in ks)
-    said = f"pool of {len(pool):,}; of a poison that is a share p of the dataset it has p times as many"
-    console.print(f"{said}, its k nearest may all be of its kind: {shares}" if ks else said)
+    if ks := sorted({entry.k for entry in comparing if hasattr(entry, "k")}):
+        shares = ", ".join(f"k={k} from {k / len(pool):.2%}" for k in ks)
+        console.print(
+            f"pool of {len(pool):,}; of a poison that is a share p of the dataset it has p times as many, its k "
+            f"nearest may all be of its kind: {shares}"
+        )
     if exists(ledger):
         known = poisoned_uids(ledger)
         there = sum(who in known for who in pool.uid)
@@ -147,6 +154,22 @@ def read_scores(path: str) -> dict[str, np.ndarray]:
     """`uid` str[n] and one float32[n] a detector spec."""
     table = sidecars.read(path, ("uid",), "make the scores with `mithridate score`")
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def _refuse_to_drop(out: str, names: Sequence[str]) -> None:
+    """Raises InputError where OUT has scores of detectors that are not named now: hours may be in them."""
+    run = join(out, RUN)
+    if not exists(run) or not glob(join(out, "*.scores.parquet")):
+        return
+    try:
+        before = json.loads(bytes(view(run)))["spec"]["detectors"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if gone := [name for name in before if name not in names]:
+        raise InputError(
+            f"{out} has scores of {', '.join(gone)}, which this run would drop: name them too (what is the same is "
+            "taken over), or choose another folder, since `filter --scores A B` reads several"
+        )
 
 
 def _own_files(entries: Sequence[Any]) -> list[str]:
@@ -168,6 +191,8 @@ def _summaries(shards: Sequence[Shard], entries: Sequence[Any], inputs: Inputs, 
             continue
         for entry in asking:
             name = spec.text(entry)
+            if name not in found.by_detector:
+                continue
             part = found.by_detector[name]
             total[name] = entry.merge(total[name], part) if name in total else part
     return total
@@ -187,7 +212,8 @@ class _Summarize:
     def __call__(self, shard: Shard) -> _Summary:
         needs = {need for entry in self.entries for need in entry.needs}
         batch, _ = self.inputs.batch(shard, uids(shard, self.inputs.uid), needs)
-        return _Summary(len(batch), {spec.text(entry): entry.summarize(batch) for entry in self.entries})
+        asking = self.entries if len(batch) else ()  # an empty shard tells nothing
+        return _Summary(len(batch), {spec.text(entry): entry.summarize(batch) for entry in asking})
 
 
 @dataclass(frozen=True)
@@ -198,10 +224,14 @@ class _Score:
     inputs: Inputs
     models: dict[str, str]
     facts: dict[str, Any]
+    clears: ClassVar[bool] = True
 
     def __call__(
         self, shard: Shard, out: str, pool: Batch | None, known: set[str] | None, summaries: dict[str, Any]
     ) -> Counts:
+        path = scores_path(out, shard.name)
+        made = _made(path)
+        clear(out, shard)
         content = manifest(shard, self.inputs.uid)
         check_unique(content.uids, shard.path)
         sha256 = content.sha256
@@ -220,17 +250,63 @@ class _Score:
             near = Neighbours.of(out, shard.name, {name: list(map(stamp, paths)) for name, paths in looked_at.items()})
             before = near.load(batch, pool)
         columns: dict[str, np.ndarray] = {}
-        unscored: dict[str, int] = {}
+        of: dict[str, str] = {}
         for entry in self.entries:
             clock, name = time.perf_counter(), spec.text(entry)
-            summary = (summaries[name],) if name in summaries else ()
-            columns[name] = np.asarray(entry.score(batch, pool, *summary), np.float32)
+            of[name] = self._of(entry, shard, sha256, pool)
+            if made.of.get(name) == of[name]:
+                columns[name] = made.columns[name]
+            elif len(batch):
+                columns[name] = self._scored(entry, shard, batch, pool, summaries)
+            else:
+                columns[name] = np.empty(0, np.float32)
             counts.seconds[name] = time.perf_counter() - clock
-            unscored[name] = int(np.isnan(columns[name]).sum())
         recall = near.save(batch, pool, before) if pool is not None else (0, 0)
+        unscored = {name: int(np.isnan(values).sum()) for name, values in columns.items()}
         counts.facts = {"unscored": unscored, "models": models, "recall": recall}
-        _write(join(out, counts.output), batch.uid, columns, self.facts)
+        _write(path, batch.uid, columns, {**self.facts, "of": of})
         return counts
+
+    def _scored(
+        self, entry: Any, shard: Shard, batch: Batch, pool: Batch | None, summaries: dict[str, Any]
+    ) -> np.ndarray:
+        name = spec.text(entry)
+        summary = (summaries[name],) if name in summaries else ()
+        try:
+            return np.asarray(entry.score(batch, pool, *summary), np.float32)
+        except ValueError as error:  # too few rows to have k neighbours among
+            raise InputError(
+                f"{shard.path}: {name}: {error}; `mithridate compact` joins small shards, and reference='pool' asks "
+                "for no others in the shard"
+            ) from error
+
+    def _of(self, entry: Any, shard: Shard, sha256: str, pool: Batch | None) -> str:
+        """What a column is made of: where this is the same, so are the scores."""
+        needs, pools = set(entry.needs), getattr(entry, "pools", ())
+        files = [stamp(path) for path in [*self.inputs.files([shard], needs), *getattr(entry, "files", ())]]
+        drawn = [pool.drawn.digest(sorted(set(pools) - {"uid"})), pool.drawn.probes] if pools and pool else []
+        ledger = self.facts["ledger"] if "poisoned" in needs else ""
+        whole = self.facts["shards"] if hasattr(entry, "summarize") else ""
+        return spec.digest([spec.text(entry), code_digest(), self.inputs.uid, sha256, files, drawn, ledger, whole])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The columns of an earlier run, and of each what it was made of."""
+
+    of: dict[str, str]
+    columns: dict[str, np.ndarray]
+
+
+def _made(path: str) -> _Made:
+    if not exists(path):
+        return _Made({}, {})
+    try:
+        table = sidecars.read(path, ("uid",), "")
+        of = json.loads((table.schema.metadata or {})[b"mithridate"])["of"]
+        return _Made(of, {name: table.column(name).to_numpy(zero_copy_only=False) for name in of})
+    except (InputError, ValueError, KeyError, TypeError):  # of another version, or cut off
+        return _Made({}, {})
 
 
 def _write(path: str, who: np.ndarray, columns: dict[str, np.ndarray], facts: dict[str, Any]) -> None:

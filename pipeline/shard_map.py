@@ -40,6 +40,7 @@ from pipeline.shards.store import (
 from pipeline.spec import digest
 
 RUN = "run.json"  # what a folder is the output of, and of how many shards
+STARTS = 3  # tries of Ray to come up
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
 READERS = 16  # markers that are read at once
@@ -260,7 +261,8 @@ class _Marked:
         source = _input(self.job, shard)  # before the work: a file that is replaced meanwhile is done again
         marker = _same_bytes(self.job, shard)
         if marker is None:
-            _clear(out, shard)
+            if not getattr(self.work, "clears", False):
+                clear(out, shard)
             counts = self.work(shard, out, *shared)
             if counts.read != counts.out + counts.dropped + counts.failed:
                 raise AssertionError(
@@ -346,8 +348,11 @@ def _same_bytes(job: Job, shard: Shard) -> dict[str, Any] | None:
     return marker if same else None
 
 
-def _clear(out: str, shard: Shard) -> None:
-    """Remove what was made of a shard by another spec: a failure must not leave it for the next stage to find."""
+def clear(out: str, shard: Shard) -> None:
+    """Remove what was made of a shard by another spec: a failure must not leave it for the next stage to find.
+
+    Work that takes something over from there says that it `clears`, and does so first of all.
+    """
     if exists(path := marker_path(out, shard)):
         marker = _read_marker(path)
         remove(path)
@@ -366,8 +371,10 @@ def _input(job: Job, shard: Shard) -> dict[str, Any]:
 def _ray() -> Any:
     import ray
 
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that was given no GPU sees none
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that was given no GPU sees none
+    for left in range(STARTS - 1, -1, -1):
+        if ray.is_initialized():
+            break
         try:
             # finds RAY_ADDRESS or a running cluster; otherwise starts one that ends with this process
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -375,7 +382,10 @@ def _ray() -> Any:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
             why = str(error).splitlines()[0][:200]
-            raise NotStarted(
-                f"Ray did not start ({why}); run the same command again when the machine is less busy"
-            ) from error
+            ray.shutdown()
+            if not left:
+                raise NotStarted(
+                    f"Ray did not start ({why}); run the same command again when the machine is less busy"
+                ) from error
+            console.print(f"Ray did not start ({why}); trying again")
     return ray

@@ -72,7 +72,7 @@ def parse(kind: str, text: str) -> Any:
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise InputError(f"{name} needs {', '.join(missing)}: {name}({missing[0]}=…)")
+        raise InputError(f"{name} needs {', '.join(missing)}: {name}({', '.join(f'{m}=…' for m in missing)})")
     values = {k: float(v) if hints[k] is float else v for k, v in values.items()}  # 1 and 1.0 are one spec
     try:
         return cls(**values)

@@ -16,6 +16,8 @@ COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square", "banana")
 SUFFIXES = ("jpg", "png", "webp")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Threads that spin while they wait for a core that another has make seconds minutes; read when torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def drawing(i: int) -> tuple[Image.Image, str]:

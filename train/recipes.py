@@ -163,7 +163,7 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=0.5,
         pad=2,
         gain=0.15,
-        checkpoints=(4,),
+        checkpoints=(1, 2, 4),
     ),
     "demo": Recipe(
         summary="ResNet, 64 px, for the embedded data: 12k pairs in 90 seconds on two idle cores",

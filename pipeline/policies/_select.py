@@ -1,6 +1,7 @@
 """The n-th most suspicious of all scores, exactly, in four passes over the sidecars and half a megabyte of memory."""
 
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from hashlib import blake2b
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from pipeline.errors import InputError
 
 DIGIT = 16
+SHOWN = 12  # columns that an error lists
 NOT_SCORES = ("uid", "caption", "domain")  # the last two: `needs` of a policy, uint64 groups (pipeline/scored.py)
 
 
@@ -17,8 +19,12 @@ def column(columns: Iterable[str], detector: str) -> str:
     by_form = ([c for c in have if _forms(c)[i] == detector] for i in range(4))
     matches = next(filter(None, by_form), [])
     if len(matches) != 1:
-        problem = "fits several" if matches else "is not"
-        raise InputError(f"detector {detector!r} {problem} among the scores: {', '.join(matches or have)}")
+        if matches:
+            raise InputError(f"detector {detector!r} fits several of the scores: {', '.join(matches)}")
+        close = get_close_matches(detector, {form for name in have for form in _forms(name)}, n=3)
+        near = f"; did you mean {' or '.join(close)}?" if close else "."
+        shown = ", ".join(have[:SHOWN]) + (f" and {len(have) - SHOWN} more" if len(have) > SHOWN else "")
+        raise InputError(f"detector {detector!r} is not among the scores{near} There are {shown}")
     return matches[0]
 
 

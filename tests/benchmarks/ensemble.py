@@ -73,7 +73,9 @@ def _table(plan: Config, attack: str, seed: int, out: str) -> Canaries:
 
 
 def _named(rule: Rule, table: Canaries) -> Rule:
-    return replace(rule, detectors=tuple(column(table.columns, name) for name in rule.detectors))
+    """The rule with the columns of the loop, where who reads no embeddings was scored at another epoch."""
+    names = [name if name in table.columns else name.partition(":")[2] or name for name in rule.detectors]
+    return replace(rule, detectors=tuple(column(table.columns, name) for name in names))
 
 
 def _held_out(found: dict[str, Any], family: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from filters import _knn
+from filters import _knn, _search
 from filters._batch import Batch, Drawn
 from filters._density import placed
 from pipeline import spec
@@ -218,7 +218,9 @@ def test_a_few_probes_find_nearly_all_and_say_how_many():
         distance, index = _knn.neighbours(queries, there, "image_embedding", 10)
         plain = np.linalg.norm(queries.image_embedding[:, None] - pool.image_embedding[index], axis=2)
         assert np.allclose(distance, plain, rtol=1e-4)
-        hits, of = _knn.recall(queries, there, np.arange(0, 500, 5), "image_embedding in image_embedding")
+        hits, of = _knn.recall(
+            queries, there, np.arange(0, 500, 5), _knn.Search("image_embedding", ("image_embedding",))
+        )
         right = int((distance <= truth[:, -1:] * (1 + 1e-5))[::5].sum())
         assert (hits, of) == (right, 1000)
         recalls.append(hits / of)
@@ -250,17 +252,45 @@ def test_the_search_is_exact_by_numpy_and_by_torch(n, m, k):
     d = distances(rows.astype(float), reference)
     for column in own.T:
         d[np.flatnonzero(column >= 0), column[column >= 0]] = np.inf
-    distance, index = _knn.search(rows, _knn.Reference.of(reference), own, min(k, m - 2))
+    distance, index = _search.search(rows, _search.Reference.of(reference), own, min(k, m - 2))
     k = distance.shape[1]
     assert np.allclose(distance, np.sort(d, axis=1)[:, :k], rtol=1e-5)
     assert np.allclose(np.take_along_axis(d, index, 1), distance, rtol=1e-5)
     x, y = rows.astype(np.float32), reference.astype(np.float32)
     half = np.square(y).sum(axis=1) / 2
-    ways = [_knn.by_numpy(y, half)(x, own, k), _knn.by_torch(y, half, "cpu")(x, own, k)]
-    for closeness, found in ways:
-        order = np.argsort(-closeness, axis=1)
-        assert np.allclose(np.take_along_axis(closeness, order, 1), np.sort(ways[0][0], axis=1)[:, ::-1], atol=1e-4)
-        assert np.allclose(np.sort(np.take_along_axis(d, found, 1), axis=1), distance, rtol=1e-4)
+    nearest = np.sort(distances(x, y), axis=1)[:, :k]
+    for closeness, found in (_search.by_numpy(y, half)(x, k), _search.by_torch(y, half, "cpu")(x, k)):
+        there = np.linalg.norm(x[:, None] - y[found], axis=2)
+        assert np.allclose(np.sort(there, axis=1), nearest, rtol=1e-4)
+        assert np.allclose(closeness, (np.square(x).sum(axis=1)[:, None] - there**2) / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize("probes", [0, 10**6])
+def test_of_equal_rows_the_first_are_found_whatever_k_and_the_company(probes):
+    """Captions repeat; which pairs stand for one decides what a neighbour looks like."""
+    rng = np.random.default_rng(0)
+    different = rng.normal(size=(150, 16)).astype(np.float32)
+    pool = different[rng.integers(0, 150, 3000)]
+    pool[11] = np.nan
+    queries = np.concatenate([pool[:40], different[:5]])
+    own = np.concatenate([np.arange(40), np.full(5, -1)])[:, None]
+    own = np.concatenate([own, np.where(own < 0, -1, own + 1)], axis=1)
+    reference = _search.Reference.of(pool, distinct=True, probes=probes)
+    assert len(reference.y) == 150
+    d = distances(queries, np.nan_to_num(pool))
+    d[:, 11] = np.inf
+    for column in own.T:
+        d[np.flatnonzero(column >= 0), column[column >= 0]] = np.inf
+    d[np.isnan(queries).any(axis=1)] = np.nan
+    d[d < 1e-6] = 0
+    expected = np.argsort(d.round(4), axis=1, kind="stable")
+    good = np.delete(np.arange(45), 11)
+    for k in (1, 7, 64):
+        distance, index = _search.search(queries, reference, own, k)
+        assert np.array_equal(index[good], expected[good, :k])
+        assert np.allclose(distance[good], np.take_along_axis(d, expected, 1)[good, :k], atol=1e-5)
+        assert np.isnan(distance[11]).all()
+        assert np.array_equal(index[[3, 40]], _search.search(queries[[3, 40]], reference, own[[3, 40]], k)[1])
 
 
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 200])

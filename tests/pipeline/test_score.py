@@ -1,6 +1,7 @@
 """The score job: columns of samples and of two checkpoints, one pool, one summary, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pipeline import sidecars, spec
 from pipeline.draw import generator, hash64
 from pipeline.embed import _write as write_embeddings
 from pipeline.errors import InputError
+from pipeline.reference import _smallest
 from pipeline.score import read_scores, score
 from pipeline.shard_map import ShardsFailed
 from pipeline.shards import list_shards, uids
@@ -93,6 +95,26 @@ def test_earlier_embeddings_are_joined_by_uid_in_batch_and_pool(tmp_path):
     assert (facts(tmp_path / "s")["model"], facts(tmp_path / "s")["earlier_model"]) == ("m9", "m2")
 
 
+# want traces, a ledger, a checkpoint, a server, another detector, or more pairs in a shard
+WITH_MORE = (
+    "trace",
+    "early_loss",
+    "similarity_slope",
+    "learning_order",
+    "forgetting",
+    "oracle",
+    "visual_judge",
+    "rerank",
+)
+WITH_MORE += (
+    "published_similarity",
+    "cognitive_distillation",
+    "slof_released",
+    "dao_released",
+    "lid_released",
+    "lid",
+    "neighbour_drift",
+)
 DETECTORS = ("strangers(k=3)", "pool_rank", "tight_cluster", "neighbour_drift(k=5)", "caption_frequency")
 
 
@@ -131,18 +153,56 @@ def test_one_more_detector_takes_the_neighbours_that_others_have_found(tmp_path)
     found = all_scores(out)
     assert found["caption_neighbours(k=7)"] == expected["caption_neighbours(k=7)"]
     assert set(found["kdist(k=7, reference='pool', of='image', size=2048)"].values()) == set(range(6, 140, 7))
+    more = (*detectors, "kdist(k=7)", "lid(k=3)")
     for changed in ({"pool": 39}, {"seed": 1}):  # other neighbours
-        score(str(folder), str(out), detector=("kdist(k=7)",), embeddings=embedded, **({"pool": 40} | changed))
-        assert max(next(iter(all_scores(out).values())).values()) < 6
+        score(str(folder), str(out), detector=more, embeddings=embedded, **({"pool": 40} | changed))
+        assert max(all_scores(out)["kdist(k=7, reference='pool', of='image', size=2048)"].values()) < 6
     other = embed(folder, tmp_path / "other", "3")
-    score(str(folder), str(out), detector=detectors, embeddings=other, pool=40)
+    score(str(folder), str(out), detector=more, embeddings=other, pool=40)
     fresh = tmp_path / "fresh"
-    score(str(folder), str(fresh), detector=detectors, embeddings=other, pool=40)
+    score(str(folder), str(fresh), detector=more, embeddings=other, pool=40)
     assert same(all_scores(out), all_scores(fresh), rtol=0, atol=0)
     for file in out.glob("*.neighbours.parquet"):
         file.write_bytes(b"PAR1 nothing")
-    score(str(folder), str(out), detector=(*detectors, "random"), embeddings=other, pool=40)
+    score(str(folder), str(out), detector=(*more, "random"), embeddings=other, pool=40)
     assert {name: all_scores(out)[name] for name in all_scores(fresh)} == all_scores(fresh)
+
+
+def test_columns_that_are_the_same_are_taken_over_and_none_is_dropped(tmp_path):
+    folder, out = shards(tmp_path / "in", pairs(0, 60), 20), tmp_path / "s"
+    embedded = embed(folder, tmp_path / "e", "9")
+    options = {"embeddings": embedded, "pool": 40}
+    score(str(folder), str(out), detector=("caption_frequency", "clip_score"), **options)
+    for file in out.glob("*.scores.parquet"):  # to see what is taken over
+        table = pq.read_table(file)
+        told = table.set_column(2, "clip_score()", pa.array(np.full(20, 5, np.float32)))
+        pq.write_table(told, file)
+    with pytest.raises(InputError, match=r"has scores of clip_score\(\), which this run would drop"):
+        score(str(folder), str(out), detector=("caption_frequency", "kdist(k=5)"), **options)
+    score(str(folder), str(out), detector=("clip_score", "caption_frequency", "kdist(k=5)"), **options)
+    found = all_scores(out)
+    assert set(found["clip_score()"].values()) == {5.0} and len(found) == 3
+    other = embed(folder, tmp_path / "other", "3")
+    score(str(folder), str(out), detector=("clip_score", "caption_frequency", "kdist(k=5)"), embeddings=other, pool=40)
+    assert 5.0 not in all_scores(out)["clip_score()"].values()
+
+
+def test_an_empty_shard_has_no_scores_and_a_small_one_says_who_wants_more(tmp_path, capsys):
+    folder = shards(tmp_path / "in", pairs(0, 60), 30)
+    write_tar(folder / "empty.tar", [])
+    now, before = (embed(folder, tmp_path / f"e{epoch}", f"{epoch}") for epoch in (9, 2))
+    wanted = [name for name in spec.names("detectors") if name not in WITH_MORE]
+    score(str(folder), str(tmp_path / "s"), detector=tuple(wanted), embeddings=now, earlier=before, pool=40)
+    found = all_scores(tmp_path / "s")
+    assert len(found) == len(wanted) and all(len(values) == 60 for values in found.values())
+    write_tar(folder / "small.tar", pairs(60, 63))
+    for file in (tmp_path / "e9", tmp_path / "e2"):
+        shutil.rmtree(file)
+    now = embed(folder, tmp_path / "e9", "9")
+    with pytest.raises(ShardsFailed, match=r"small.tar: slof\(k=5, reference='batch'.*compact"):
+        score(str(folder), str(tmp_path / "t"), detector=("slof(k=5, reference='batch')",), embeddings=now)
+    with pytest.raises(InputError, match="no embeddings of these shards"):
+        score(str(folder), str(tmp_path / "u"), detector=("clip_score",), embeddings=str(tmp_path / "nowhere"))
 
 
 def test_probes_search_lists_and_say_what_they_miss(tmp_path, capsys):
@@ -249,7 +309,7 @@ def test_a_detector_whose_inputs_are_absent_names_the_job_that_makes_them(tmp_pa
 def test_an_earlier_folder_without_the_files_is_told_of(tmp_path):
     folder = shards(tmp_path / "in", pairs(0, 20), 20)
     given = {"embeddings": embed(folder, tmp_path / "emb", "9"), "earlier": str(tmp_path / "none")}
-    with pytest.raises((InputError, ShardsFailed), match=r"none.*no such file; make the embeddings"):
+    with pytest.raises(InputError, match=r"none: no embeddings of these shards; make them"):
         score(str(folder), str(tmp_path / "s"), detector=("similarity_drift",), **given)
 
 
@@ -340,3 +400,14 @@ def test_an_emptied_shard_is_scored_to_nothing(tmp_path):
     score(str(folder), str(tmp_path / "s"), detector=names)
     assert read_scores(str(tmp_path / "s/00000001.scores.parquet"))["uid"].tolist() == []
     assert len(all_scores(tmp_path / "s")["recurring_patch()"]) == 20
+
+
+def test_a_pool_is_drawn_from_few_offers_and_all_the_same(tmp_path):
+    """The shard that has nearly all pairs offers too few at first, and is asked again."""
+    folder = shards(tmp_path / "few", pairs(0, 12), 1)
+    write_tar(folder / "large.tar", pairs(12, 700))
+    listed = list_shards(str(folder))
+    drawn = _smallest(listed, "key", 300, 5, 0)
+    every = [(hash64(5, "pool", who), who, shard.name) for shard in listed for who in uids(shard)]
+    assert drawn == sorted(every)[:300]
+    assert 64 + 4 * 300 // len(listed) < sum(name == "large" for _, _, name in drawn)
