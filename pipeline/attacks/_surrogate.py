@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.shards.image import fitted
 from pipeline.shards.store import absolute
 from train.checkpoints import REMOTE
 
@@ -45,12 +46,10 @@ class Surrogate:
         if max(high, wide) > 2 * half:  # of a strip only the middle
             x, y = max(0, wide // 2 - half), max(0, high // 2 - half)
             pixels = pixels[:, :, y : min(high, y + 2 * half), x : min(wide, x + 2 * half)]
-        scale = self.size / min(pixels.shape[2:])
-        height, width = (max(self.size, round(side * scale)) for side in pixels.shape[2:])
+        (width, height), (left, top) = fitted(pixels.shape[3], pixels.shape[2], self.size)
         if (height, width) != tuple(pixels.shape[2:]):
             # antialiased, torch's bicubic is Pillow's
             pixels = interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 255)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
         return pixels[:, :, top : top + self.size, left : left + self.size]
 
     def check(self, digest: str) -> None:

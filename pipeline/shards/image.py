@@ -348,6 +348,15 @@ def pixels(sample: Sample, size: int) -> np.ndarray:
     return prepared(decode(sample.image, near=size), size)
 
 
+def fitted(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height after the resize, left and top of the crop: torchvision's roundings.
+
+    It cuts the longer side off, and rounds the offset, halves to even.
+    """
+    wide, high = (size * side // min(width, height) for side in (width, height))
+    return (wide, high), (round((wide - size) / 2), round((high - size) / 2))
+
+
 def prepared(image: Image.Image, size: int) -> np.ndarray:
     """The same of an image that `decode` gave."""
     # Of a strip only the middle is kept, and only that is resized: 2,000,000x1 pixels would become 8 GB at size 32.
@@ -355,9 +364,7 @@ def prepared(image: Image.Image, size: int) -> np.ndarray:
     if max(image.size) > 2 * half:
         x, y = max(0, wide // 2 - half), max(0, high // 2 - half)
         image = image.crop((x, y, min(wide, x + 2 * half), min(high, y + 2 * half)))
-    shorter = min(image.size)
-    width, height = (size * side // shorter for side in image.size)  # torchvision cuts the longer side off …
+    (width, height), (left, top) = fitted(*image.size, size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in (width, height))  # … and rounds the offset, halves to even
     return np.asarray(image.crop((left, top, left + size, top + size)))
