@@ -113,8 +113,8 @@ def searches(queries: Batch, pool: Batch) -> dict[Search, Found]:
     return {wanted: (distance, index) for wanted, (where, distance, index) in queries.found.items() if where is pool}
 
 
-def remember(queries: Batch, pool: Batch, found: dict[Search, Found]) -> None:
-    """What an earlier run found for these very rows in this pool."""
+def remember(queries: Batch, pool: Batch | None, found: dict[Search, Found]) -> None:
+    """What was found elsewhere for these very rows in this pool; None: for the rows of a pool in itself."""
     for wanted, (distance, index) in found.items():
         queries.found[wanted] = (pool, distance, index)
 

@@ -67,9 +67,7 @@ def by_lists(
             most = min(k, last - first)
             best, where = greatest(closeness, most)
             values[row, probe, :most], places[row, probe, :most] = best, where + first
-        value, at = values.reshape(n, -1), places.reshape(n, -1)
-        best = np.argpartition(value, -k, axis=1)[:, -k:]
-        value, at = np.take_along_axis(value, best, 1), np.take_along_axis(at, best, 1)
+        value, at = best_of(values.reshape(n, -1), places.reshape(n, -1), k)
         short = np.flatnonzero(np.isneginf(value).any(axis=1))
         for first in range(0, len(short), ASSIGNED // 2):
             rows = short[first : first + ASSIGNED // 2]
@@ -91,9 +89,13 @@ def greatest(values: np.ndarray, k: int) -> Found:
     columns = (top[:, None, :] + groups * np.arange(size)[:, None]).reshape(n, size * k)
     if size * groups < m:
         columns = np.hstack([columns, np.broadcast_to(np.arange(size * groups, m), (n, m - size * groups))])
-    candidates = np.take(values, columns + m * np.arange(n)[:, None])
-    best = np.argpartition(candidates, -k, axis=1)[:, -k:]
-    return np.take_along_axis(candidates, best, 1), np.take_along_axis(columns, best, 1)
+    return best_of(np.take(values, columns + m * np.arange(n)[:, None]), columns, k)
+
+
+def best_of(values: np.ndarray, columns: np.ndarray, k: int) -> Found:
+    """The k greatest of each row of candidates, and the columns that go with them, in no order."""
+    best = np.argpartition(values, -k, axis=1)[:, -k:]
+    return np.take_along_axis(values, best, 1), np.take_along_axis(columns, best, 1)
 
 
 def _closeness(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from filters._lists import Lists, by_lists, greatest, make_lists
+from filters._lists import Found, Lists, best_of, by_lists, greatest, make_lists
 
 QUERIES = 2048  # at a time
 QUERIES_OF_LISTS = 16384  # the more at a time, the larger the product of a list with those that look at it
@@ -23,7 +23,6 @@ CANCELS = 0.05  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed by dif
 DIFFERENCES = 32768  # pairs at a time
 ALIKE = 1e-5  # of the scale: projections of equal rows differ by less
 
-Found = tuple[np.ndarray, np.ndarray]
 Find = Callable[[np.ndarray, int], Found]
 
 
@@ -201,9 +200,7 @@ def by_numpy(y: np.ndarray, half: np.ndarray) -> Find:
             value, at = greatest(closeness, min(k, len(chunk)))
             values.append(value)
             columns.append(at + start)
-        value, at = np.concatenate(values, axis=1), np.concatenate(columns, axis=1)
-        best = np.argpartition(value, -k, axis=1)[:, -k:]
-        return np.take_along_axis(value, best, 1), np.take_along_axis(at, best, 1)
+        return best_of(np.concatenate(values, axis=1), np.concatenate(columns, axis=1), k)
 
     return find
 

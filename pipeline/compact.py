@@ -14,7 +14,7 @@ from pipeline.arguments import Out, Shards
 from pipeline.dataset import Row, describe, write_stats
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shard_map import Job, each, locked, shard_map
+from pipeline.shard_map import Job, each, locked, shard_map, succeeded
 from pipeline.shards import Counts, Shard, UidRule, concatenate, list_shards, uids
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.store import absolute, join, refuse_folder_of, stamp
@@ -48,9 +48,7 @@ def compact(shards: Shards, out: Out, /, *, samples: int = 10_000, uid: UidRule 
 
 def _compact(shards: list[Shard], out: str, samples: int) -> None:
     sizes: dict[str, int] = {}
-    for shard, found in each("count", shards, _count):
-        if isinstance(found, InputError):
-            raise found
+    for shard, found in succeeded(each("count", shards, _count)):
         sizes[shard.name] = found.read
     outputs = _plan([(shard, sizes[shard.name]) for shard in shards], out, samples)
     known = ledger.known(shards)

@@ -12,7 +12,7 @@ from pipeline.columns import COLUMNS, read_columns
 from pipeline.embed import embeddings_path, read_embeddings
 from pipeline.errors import InputError
 from pipeline.shards import Shard, UidRule
-from pipeline.shards.store import existing, glob, join
+from pipeline.shards.store import existing, glob, join, stamp
 
 EMBEDDED = ("image_embedding", "text_embedding")
 EARLIER = ("earlier_image_embedding", "earlier_text_embedding")
@@ -57,6 +57,15 @@ class Inputs:
         there = existing(read)
         traces = _trace_files(self.traces) if set(TRACES) & set(needs) else []
         return [path for path in read if path in there] + traces
+
+    def stamps(self, shard: Shard, needs: Collection[str]) -> dict[str, Any]:
+        """By column, of those that are not in the shard itself, what tells one state of its files from another."""
+        told: dict[str, Any] = {}
+        for columns in (EMBEDDED, EARLIER, TRACES):
+            if set(columns) & set(needs):
+                files = tuple(stamp(path) for path in self.files([shard], columns))
+                told |= dict.fromkeys(columns, files)
+        return told
 
     def batch(self, shard: Shard, who: Sequence[str], wanted: Collection[str]) -> tuple[Batch, dict[str, str]]:
         """Columns of these pairs of a shard, in this order, and the digest of the model of each of the embeddings."""

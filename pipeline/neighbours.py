@@ -49,7 +49,7 @@ class Neighbours:
             for told in facts:
                 search = Search(told["column"], tuple(told["among"]), told["cosine"])
                 if told["of"] == self._of(search, pool):
-                    distance, row = _matrix(table, f"{search} distance"), _matrix(table, f"{search} row")
+                    distance, row = (sidecars.matrix(table.column(f"{search} {what}")) for what in ("distance", "row"))
                     if distance.shape[1] >= pool.drawn.k:
                         found[search], counted[search] = (distance, row.astype(np.int64)), told["recall"]
         except (InputError, KeyError, ValueError, TypeError, AttributeError):  # of another version, or not ours
@@ -73,8 +73,8 @@ class Neighbours:
         columns = {"uid": pa.array(batch.uid, pa.string())}
         facts = []
         for search, (distance, row) in found.items():
-            columns[f"{search} distance"] = _fixed(distance.astype(np.float32))
-            columns[f"{search} row"] = _fixed(row.astype(np.int32))
+            columns[f"{search} distance"] = sidecars.fixed(distance.astype(np.float32))
+            columns[f"{search} row"] = sidecars.fixed(row.astype(np.int32))
             facts.append({**search._asdict(), "of": self._of(search, pool), "recall": counted[search]})
         table = pa.table(columns).replace_schema_metadata({"mithridate": json.dumps(facts)})
         sidecars.save(self.path, table, compression="none", use_dictionary=False)
@@ -100,16 +100,3 @@ NOTHING = Known({}, {})
 @cache
 def _engine() -> str:
     return spec.digest([(Path(str(filters.__path__[0])) / name).read_text() for name in ENGINE])
-
-
-def _fixed(values: np.ndarray) -> Any:
-    import pyarrow as pa
-
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-
-
-def _matrix(table: Any, name: str) -> np.ndarray:
-    rows = table.column(name).combine_chunks()
-    width = rows.type.list_size
-    flat = rows.values.slice(rows.offset * width, len(rows) * width).to_numpy(zero_copy_only=False)
-    return np.asarray(flat).reshape(-1, width)

@@ -17,7 +17,7 @@ from pipeline.attacks._corpus import CORPUS, Corpus, names_target, read_corpora,
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shard_map import code_digest, each
+from pipeline.shard_map import code_digest, each, succeeded
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
 from pipeline.shards.image import decode, encode
 from pipeline.shards.store import exists, join, remove, stamp, view, write
@@ -321,9 +321,8 @@ def _look(
     for shard, who in wanted:
         by_shard.setdefault(shard, set()).add(who)
     images: dict[str, bytes] = {}
-    for _, found in each("check", [s for s in shards if s.name in by_shard], _decodable, by_shard, uid, trial):
-        if isinstance(found, InputError):
-            raise found
+    there = [s for s in shards if s.name in by_shard]
+    for _, found in succeeded(each("check", there, _decodable, by_shard, uid, trial)):
         images |= found.images
     return images
 

@@ -23,7 +23,7 @@ from pipeline.errors import InputError
 from pipeline.facts import IMAGE_FACTS, NAMES, TEXT_FACTS, facts
 from pipeline.progress import console
 from pipeline.quality import quality
-from pipeline.shard_map import each
+from pipeline.shard_map import each, succeeded
 from pipeline.shards import Shard, UidRule, list_shards, samples, uids
 from pipeline.shards.store import absolute, join, make_folder, write
 
@@ -158,15 +158,12 @@ class _Facts:
 def _collect(shards: Sequence[Shard], known: set[str], poisons: set[str], size: int, seed: int, uid: UidRule) -> _Pairs:
     """The poisons `known` and `size` random pairs that are none of `poisons`, ordered by uid."""
     hashes = np.empty(0, np.uint64)
-    for _, drawn in each("draw", shards, _Draw(seed, uid, size), poisons):
-        if isinstance(drawn, InputError):
-            raise drawn
+    for _, drawn in succeeded(each("draw", shards, _Draw(seed, uid, size), poisons)):
         hashes = np.sort(np.concatenate([hashes, drawn.clean]))[:size]
-    found: list[_Pairs] = []
-    for _, pairs in each("facts", shards, _Facts(seed, uid, int(hashes[-1]) if len(hashes) else -1), known, poisons):
-        if isinstance(pairs, InputError):
-            raise pairs
-        found.append(pairs)
+    below = int(hashes[-1]) if len(hashes) else -1
+    found: list[_Pairs] = [
+        pairs for _, pairs in succeeded(each("facts", shards, _Facts(seed, uid, below), known, poisons))
+    ]
     who = [u for pairs in found for u in pairs.uid]
     order = sorted(range(len(who)), key=who.__getitem__)
     return _Pairs(

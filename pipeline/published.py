@@ -22,10 +22,9 @@ import numpy as np
 
 from pipeline import sidecars, spec
 from pipeline.embed import embeddings_path, read_embeddings
-from pipeline.errors import InputError
 from pipeline.metadata import Found, Index, find, index, list_metadata, lookup, prefixes, search_order, write_join
 from pipeline.progress import console
-from pipeline.shard_map import Job, check_made_from, code_digest, each, locked, shard_map
+from pipeline.shard_map import Job, check_made_from, code_digest, each, locked, shard_map, succeeded
 from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, manifest, samples, uids
 from pipeline.shards.image import decode
 from pipeline.shards.store import absolute, join, make_folder, stamp
@@ -104,9 +103,7 @@ def published(
 def _made(label: str, files: Sequence[Shard], make: Callable[..., Index], *shared: Any) -> list[Index]:
     """An index for each file, made in parallel, in the order of the files."""
     done: dict[str, Index] = {}
-    for file, made in each(label, files, make, *shared):
-        if isinstance(made, InputError):
-            raise made
+    for file, made in succeeded(each(label, files, make, *shared)):
         done[file.path] = made
     return [done[file.path] for file in files]
 

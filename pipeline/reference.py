@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from filters._batch import COLUMNS, Batch, Drawn
-from filters._knn import Search, near_within
+from filters._knn import Search, near_within, remember
 from pipeline.draw import hash64
 from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
-from pipeline.shard_map import each
+from pipeline.shard_map import each, succeeded
 from pipeline.shards import Shard, UidRule, uids
 from pipeline.shards.sample import check_unique
 
@@ -53,12 +53,8 @@ def draw_pool(
     rank = {who: i for i, (_, who, _) in enumerate(drawn)}
     parts: list[Batch] = []
     models: dict[str, str] = {}
-    for shard, found in each("pool", [s for s in shards if s.name in by_shard], _Columns(inputs), by_shard, wanted):
-        if isinstance(found, InputError):
-            max_failed -= 1
-            if max_failed < 0:
-                raise found
-            continue
+    there = [s for s in shards if s.name in by_shard]
+    for shard, found in succeeded(each("pool", there, _Columns(inputs), by_shard, wanted), max_failed):
         check_one_model(models, found.models, shard.name)
         models = found.models
         parts.append(found.rows)
@@ -87,15 +83,11 @@ def _smallest(
     drawn: list[tuple[int, str, str]] = []
     more: dict[str, int] = {}  # by shard that has more than it offered, the largest hash of those
     asked: Sequence[Shard] = shards
+    failed: list[InputError] = []
     for most in (few, size):
         again = {shard.name for shard in asked}
         drawn = [one for one in drawn if one[2] not in again]
-        for shard, offer in each("pool", asked, _Offer(seed, most, uid)) if asked else ():
-            if isinstance(offer, InputError):
-                max_failed -= 1
-                if max_failed < 0:
-                    raise offer
-                continue
+        for shard, offer in succeeded(each("pool", asked, _Offer(seed, most, uid)), max_failed, failed):
             drawn = heapq.nsmallest(size, drawn + offer.drawn)
             if len(offer.drawn) < offer.read:
                 more[shard.name] = offer.drawn[-1][0]
@@ -111,11 +103,9 @@ def look_within(pool: Batch, wanted: Mapping[tuple[str, ...], int]) -> None:
         parts = [slice(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
         blocks = [_Block(f"the pool's row {part.start}", part) for part in parts]
         distances = np.empty((n, k), np.float32)
-        for block, found in each("neighbours within the pool", blocks, _Within(columns, k), pool):
-            if isinstance(found, InputError):
-                raise found
+        for block, found in succeeded(each("neighbours within the pool", blocks, _Within(columns, k), pool)):
             distances[block.rows] = found.distances
-        pool.found[Search("", columns)] = (None, distances, np.empty((n, 0), np.int64))
+        remember(pool, None, {Search("", columns): (distances, np.empty((n, 0), np.int64))})
 
 
 def check_one_model(models: dict[str, str], theirs: dict[str, str], shard: str) -> None:

@@ -7,7 +7,7 @@ The pool's size is part of a density detector's meaning and is recorded with the
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from pipeline.ledger import beside, poisoned_uids
 from pipeline.neighbours import Neighbours
 from pipeline.progress import console
 from pipeline.reference import check_one_model, draw_pool, look_within
-from pipeline.shard_map import RUN, Job, check_made_from, clear, code_digest, each, shard_map
+from pipeline.shard_map import RUN, Job, check_made_from, clear, code_digest, each, shard_map, succeeded
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest, uids
 from pipeline.shards.sample import check_unique
 from pipeline.shards.store import absolute, exists, glob, join, stamp, view
@@ -183,18 +183,10 @@ def _summaries(shards: Sequence[Shard], entries: Sequence[Any], inputs: Inputs, 
     total: dict[str, Any] = {}
     if not asking:
         return total
-    for _, found in each("summaries", shards, _Summarize(tuple(asking), inputs)):
-        if isinstance(found, InputError):
-            max_failed -= 1
-            if max_failed < 0:
-                raise found
-            continue
-        for entry in asking:
-            name = spec.text(entry)
-            if name not in found.by_detector:
-                continue
-            part = found.by_detector[name]
-            total[name] = entry.merge(total[name], part) if name in total else part
+    by_name = {spec.text(entry): entry for entry in asking}
+    for _, found in succeeded(each("summaries", shards, _Summarize(tuple(asking), inputs)), max_failed):
+        for name, part in found.by_detector.items():
+            total[name] = by_name[name].merge(total[name], part) if name in total else part
     return total
 
 
@@ -245,15 +237,15 @@ class _Score:
         if known is not None:
             batch = dataclasses.replace(batch, poisoned=np.asarray([u in known for u in content.uids], bool))
         counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
+        stamps = self.inputs.stamps(shard, needs)
         if pool is not None:
-            looked_at = {column: self.inputs.files([shard], {column}) for column in {*EMBEDDED, *EARLIER} & needs}
-            near = Neighbours.of(out, shard.name, {name: list(map(stamp, paths)) for name, paths in looked_at.items()})
+            near = Neighbours.of(out, shard.name, stamps)
             before = near.load(batch, pool)
         columns: dict[str, np.ndarray] = {}
         of: dict[str, str] = {}
         for entry in self.entries:
             clock, name = time.perf_counter(), spec.text(entry)
-            of[name] = self._of(entry, shard, sha256, pool)
+            of[name] = self._of(entry, sha256, stamps, pool)
             if made.of.get(name) == of[name]:
                 columns[name] = made.columns[name]
             elif len(batch):
@@ -280,10 +272,10 @@ class _Score:
                 "for no others in the shard"
             ) from error
 
-    def _of(self, entry: Any, shard: Shard, sha256: str, pool: Batch | None) -> str:
+    def _of(self, entry: Any, sha256: str, stamps: Mapping[str, Any], pool: Batch | None) -> str:
         """What a column is made of: where this is the same, so are the scores."""
         needs, pools = set(entry.needs), getattr(entry, "pools", ())
-        files = [stamp(path) for path in [*self.inputs.files([shard], needs), *getattr(entry, "files", ())]]
+        files = [stamps[name] for name in sorted(needs & stamps.keys())] + list(map(stamp, _own_files([entry])))
         drawn = [pool.drawn.digest(sorted(set(pools) - {"uid"})), pool.drawn.probes] if pools and pool else []
         ledger = self.facts["ledger"] if "poisoned" in needs else ""
         whole = self.facts["shards"] if hasattr(entry, "summarize") else ""

@@ -143,6 +143,23 @@ def each(
                 ray.wait(list(running), num_returns=len(running), timeout=30)
 
 
+def succeeded(
+    results: Iterator[tuple[Item, Any]], most: int = 0, failed: list[InputError] | None = None
+) -> Iterator[tuple[Item, Any]]:
+    """What `each` yields, less at most `most` failures; raises the one after them.
+
+    `failed` gathers them, where several rounds share one allowance.
+    """
+    failed = [] if failed is None else failed
+    for item, result in results:
+        if not isinstance(result, InputError):
+            yield item, result
+            continue
+        failed.append(result)
+        if len(failed) > most:
+            raise result
+
+
 def shard_map(
     job: Job, shards: Sequence[Shard], work: Callable[..., Counts], *shared: Any, gpu: bool = False
 ) -> list[dict[str, Any]]:

@@ -67,6 +67,21 @@ def save(path: str, table: Any, **options: Any) -> None:
         pq.write_table(table, pa.PythonFile(file, "w"), **options)
 
 
+def fixed(rows: np.ndarray) -> Any:
+    """[n, d] as an array of fixed-size lists."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+def matrix(column: Any) -> np.ndarray:
+    """[n, d] of a column of fixed-size lists; what a null row has is undefined."""
+    width = column.type.list_size
+    rows = column.combine_chunks()
+    flat = rows.values.slice(rows.offset * width, len(rows) * width).to_numpy(zero_copy_only=False)
+    return np.asarray(flat).reshape(-1, width)
+
+
 def rows_of(wanted: Iterable[str], have: np.ndarray) -> np.ndarray:
     """int64[n]: the row of each wanted uid, -1 where there is none; nothing is joined by position."""
     at = {uid: row for row, uid in enumerate(have)}

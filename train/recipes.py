@@ -77,6 +77,9 @@ class Recipe:
         return epoch > self.epochs - self.last or epoch in self.checkpoints
 
 
+_SMALL_VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+
+
 def _clip(
     vision: dict[str, Any],
     embed: int,
@@ -101,6 +104,19 @@ def _clip(
     }
 
 
+_DEBUG_VIT = Recipe(
+    summary="the same size with ViT towers",
+    model=_clip(_SMALL_VIT, embed=64, width=64, layers=1),
+    batch=64,
+    epochs=12,
+    lr=5e-4,
+    warmup=0.1,
+    weight_decay=0.1,
+    pad=2,
+    prompts=("{}", "a {}"),
+    checkpoints=(4, 8),
+)
+
 RECIPES: dict[str, Recipe] = {
     "debug": Recipe(
         summary="ResNet, 32 px, for tests: 500 pairs in 10 seconds on two cores",
@@ -114,42 +130,12 @@ RECIPES: dict[str, Recipe] = {
         prompts=("{}", "a {}"),
         checkpoints=(4, 8),
     ),
-    "debug_vit": Recipe(
-        summary="the same size with ViT towers",
-        model=_clip(
-            {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-            embed=64,
-            width=64,
-            layers=1,
-        ),
-        batch=64,
-        epochs=12,
-        lr=5e-4,
-        warmup=0.1,
-        weight_decay=0.1,
-        pad=2,
-        prompts=("{}", "a {}"),
-        checkpoints=(4, 8),
-    ),
-    "debug_siglip": Recipe(
+    "debug_vit": _DEBUG_VIT,
+    "debug_siglip": dataclasses.replace(
+        _DEBUG_VIT,
         summary="debug_vit with SigLIP's loss, its temperature and bias at the start as in the paper",
-        model=_clip(
-            {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-            embed=64,
-            width=64,
-            layers=1,
-            tau=0.1,
-            bias=-10.0,
-        ),
+        model=_clip(_SMALL_VIT, embed=64, width=64, layers=1, tau=0.1, bias=-10.0),
         loss="siglip",
-        batch=64,
-        epochs=12,
-        lr=5e-4,
-        warmup=0.1,
-        weight_decay=0.1,
-        pad=2,
-        prompts=("{}", "a {}"),
-        checkpoints=(4, 8),
     ),
     "fast": Recipe(
         summary="the demo's at 32 px, for tables of many runs: 12k pairs in 35 seconds on two idle cores",

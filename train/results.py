@@ -4,16 +4,14 @@ Trade-off: every row has every column, null where a measure was not asked for, s
 one table without a join.
 """
 
-import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from pipeline import sidecars
 from pipeline.progress import console
-from pipeline.shards.store import whole
 from train.metrics import Rate, Score, mean_per_class_recall, rate
 from train.readouts import READOUTS
 
@@ -44,17 +42,13 @@ def columns(found: Measured) -> dict[str, Any]:
     """Every metric with its `_n`, `_low` and `_high`."""
     flat: dict[str, Any] = {}
     for name in METRICS:
-        value = found.get(name, NOTHING)
-        fields = asdict(value)
-        flat |= {name: fields["value"], f"{name}_n": value.n or None}
-        flat |= {f"{name}_{end}": fields[end] for end in ("low", "high")}
+        flat |= _told(name, found.get(name, NOTHING))
     return flat
 
 
 def write_rows(path: str, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
     """A row for each (facts, columns)."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     facts, metrics = zip(*rows, strict=True)
     kept = ("checkpoint", "model_digest", "dataset", "attack")
@@ -63,10 +57,7 @@ def write_rows(path: str, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, A
     for name in metrics[0]:
         kind = pa.int64() if name.endswith("_n") else pa.float64()
         table[name] = pa.array([metric[name] for metric in metrics], kind)
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(table), buffer)
-    with whole(path) as file:
-        file.write(buffer.getvalue())
+    sidecars.save(path, pa.table(table))
 
 
 def slug(dataset: str) -> str:
@@ -98,7 +89,7 @@ def benchmark_tasks(
     if "i2t_recall5" in found:
         recalls = (("image", "t2i"), ("text", "i2t"))
         pairs = [(f"{side}_retrieval_recall@{k}", f"{ours}_recall{k}") for side, ours in recalls for k in (1, 5, 10)]
-        tasks["zeroshot_retrieval"] = {k: v for name, ours in pairs for k, v in _benchmarked(name, found[ours]).items()}
+        tasks["zeroshot_retrieval"] = {k: v for name, ours in pairs for k, v in _told(name, found[ours]).items()}
     if "probe" in ranks and len(truth):
         tasks["linear_probe"] = _classified("lp_", ranks["probe"], truth, classes) | {"C": strength}
     return tasks
@@ -106,11 +97,11 @@ def benchmark_tasks(
 
 def _classified(prefix: str, ranks: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, Any]:
     five = rate(ranks < 5) if classes >= 5 else NOTHING
-    rates = _benchmarked(f"{prefix}acc1", rate(ranks < 1)) | _benchmarked(f"{prefix}acc5", five)
+    rates = _told(f"{prefix}acc1", rate(ranks < 1)) | _told(f"{prefix}acc5", five)
     return rates | {f"{prefix}mean_per_class_recall": mean_per_class_recall(ranks, truth)}
 
 
-def _benchmarked(name: str, value: Rate | Score) -> dict[str, Any]:
+def _told(name: str, value: Rate | Score) -> dict[str, Any]:
     return {name: value.value, f"{name}_n": value.n or None, f"{name}_low": value.low, f"{name}_high": value.high}
 
 

@@ -38,7 +38,7 @@ from pipeline.attacks._corpus import Corpus
 from pipeline.draw import generator, hash64
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shard_map import each
+from pipeline.shard_map import each, succeeded
 from pipeline.shards import Rejected, Sample, Shard, UidRule, samples, uids
 from pipeline.shards.image import pixels
 from train import checkpoints
@@ -106,9 +106,7 @@ class adaptive(Around):
                 getattr(wanted.setdefault(shard, _Wanted()), kind).add(who)
         work = _Look(self, seed, uid, _surrogate.surrogate(self.surrogate).digest)
         seen = _Seen()
-        for _, found in each("adapt", [s for s in shards if s.name in wanted], work, wanted, corpus):
-            if isinstance(found, InputError):
-                raise found
+        for _, found in succeeded(each("adapt", [s for s in shards if s.name in wanted], work, wanted, corpus)):
             seen.poisons |= found.poisons
             seen.clean |= found.clean
         order = self._rank(_batch(seen.poisons, tried), _batch(seen.clean, drawn), n, n / total)

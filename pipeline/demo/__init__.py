@@ -17,7 +17,7 @@ from pipeline.draw import hash64
 from pipeline.errors import InputError
 from pipeline.loop import loop
 from pipeline.progress import console
-from pipeline.shard_map import Job, each, shard_map
+from pipeline.shard_map import Job, each, shard_map, succeeded
 from pipeline.shards import Counts, Rejected, Sample, Shard, UidRule, list_shards, rewrite, samples
 from pipeline.shards.store import make_folder, write
 
@@ -132,9 +132,7 @@ class _Split:
 def _words(shards: list[Shard], uid: UidRule) -> list[str]:
     """The words of three letters and more that occur in most captions, commonest first."""
     total: collections.Counter[str] = collections.Counter()
-    for _, found in each("captions", shards, _count_words, uid):
-        if isinstance(found, InputError):
-            raise found
+    for _, found in succeeded(each("captions", shards, _count_words, uid)):
         total += found.words
     return [word for word, n in total.most_common(CLASSES) if n >= MIN_CAPTIONS]
 

@@ -3,13 +3,9 @@
 It takes weights from a local file (`open_clip:MODEL/PATH`), so no hub is needed.
 """
 
-import hashlib
 import json
 import os
-import resource
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.embed import read_embeddings
 from pipeline.shards.sample import uid_of
+from tests.benchmarks.peer import core_seconds, venv
 from tests.benchmarks.rewrite import say
 
 # clip-anytorch, which it wants, imports what setuptools no longer has
@@ -60,11 +57,8 @@ def _run(program: list[str], tars: list[str], out: Path, threads: str | None) ->
     words += ["--clip_model", f"open_clip:{model}/{checkpoint}/open_clip_model.safetensors"]
     words += ["--num_prepro_workers", str(os.cpu_count())]
     environment = {**os.environ, "OMP_NUM_THREADS": threads} if threads else None
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([command, *words], check=True, stdout=sys.stderr, env=environment, timeout=TIMEOUT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = core_seconds([command, *words], TIMEOUT, environment)
     stats = json.loads((out / "stats/0.json").read_text())
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return stats["sample_count"], stats["total_duration"], cpu
 
 
@@ -85,12 +79,4 @@ def agreement(ours: Path, theirs: Path) -> dict[str, float | None]:
 
 
 def installed() -> str:
-    """Its command in a venv that is kept from run to run."""
-    name = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:8]
-    venv = Path(tempfile.gettempdir()) / f"mithridate-clip-retrieval-{name}"
-    if not (venv / "done").exists():
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(venv / "bin/python"), *PACKAGES], check=True)
-        (venv / "done").touch()
-    return str(venv / "bin/clip-retrieval")
+    return str(venv("clip-retrieval", PACKAGES) / "bin/clip-retrieval")

@@ -3,17 +3,16 @@
 Nothing of it is kept here: a clone is named, or fetched at run time.
 """
 
-import hashlib
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.shards import Shard, manifest
+from tests.benchmarks.peer import venv
 
 SOURCE = "https://github.com/mlfoundations/datacomp"
 PACKAGES = "webdataset==0.2.31 img2dataset pysimdjson cloudpathlib opencv-python-headless pyarrow numpy setuptools"
@@ -76,13 +75,5 @@ def script(folder: Path, clone: str | None) -> Path:
 
 
 def python(folder: Path) -> str:
-    """A venv with what the script imports; kept from run to run, since it holds nothing else."""
-    name = hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]
-    venv = Path(folder).parent / f"mithridate-datacomp-{name}"
-    found = venv / "bin/python"
-    if not (venv / "done").exists():
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(found), *PACKAGES.split()], check=True)
-        (venv / "done").touch()
-    return str(found)
+    """The interpreter of a venv with what the script imports."""
+    return str(venv("datacomp", PACKAGES.split(), Path(folder).parent) / "bin/python")

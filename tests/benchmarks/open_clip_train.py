@@ -1,15 +1,12 @@
 """open_clip's own trainer, from PyPI with what its `training` extra pins (webdataset 0.2.86), in a venv of its own."""
 
-import hashlib
 import re
-import resource
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from tests.benchmarks.peer import core_seconds, venv
 
 VERSION = "3.3.0"
 TIMEOUT = 1800
@@ -32,23 +29,12 @@ def train(python: str, checkpoint: str, tars: list[str], rows: int, epochs: int,
     words += ["--batch-size", str(batch), "--epochs", str(epochs), "--precision", "amp_bf16", "--warmup", "10"]
     words += ["--local-loss", "--gather-with-grad", "--log-every-n-steps", "1", "--save-frequency", "0"]
     words += ["--zeroshot-frequency", "0", "--logs", str(out.parent), "--name", out.name]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([python, "-m", "open_clip_train.main", *words], check=True, stdout=sys.stderr, timeout=TIMEOUT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = core_seconds([python, "-m", "open_clip_train.main", *words], TIMEOUT)
     steps = [float(t) for t in re.findall(r"Batch \(t\): ([0-9.]+)", (out / "out.log").read_text())]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Run(len(steps) * batch, sum(steps), steps, cpu)
 
 
 def installed() -> str:
-    """The interpreter of a venv that is kept from run to run; torch is the one that we run on."""
-    torch_version = torch.__version__.partition("+")[0]
-    packages = (f"open-clip-torch[training]=={VERSION}", f"torch=={torch_version}")
-    name = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:8]
-    venv = Path(tempfile.gettempdir()) / f"mithridate-open-clip-train-{name}"
-    if not (venv / "done").exists():
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(venv / "bin/python"), *packages], check=True)
-        (venv / "done").touch()
-    return str(venv / "bin/python")
+    """The interpreter of its venv; torch is the one that we run on."""
+    packages = (f"open-clip-torch[training]=={VERSION}", f"torch=={torch.__version__.partition('+')[0]}")
+    return str(venv("open-clip-train", packages) / "bin/python")

@@ -25,10 +25,10 @@ from pipeline.filter import filter_shards
 from pipeline.poison import poison
 from pipeline.score import score
 from pipeline.shard_map import Job, shard_map
-from pipeline.shards import Counts, Shard, list_shards, uids
+from pipeline.shards import list_shards, uids
 from pipeline.verify import verify
 from tests.benchmarks.density import images
-from tests.benchmarks.rewrite import make, say
+from tests.benchmarks.rewrite import _nothing, make, say
 
 DRIVER_MS = 1.46  # of CPU a shard, docs/results/shards.md
 PAIRS_A_SHARD = 10_000
@@ -129,10 +129,6 @@ def _in_a_process(folder: str, workers: int) -> dict[str, dict[str, float]]:
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, dict[str, float]] = json.loads(out.splitlines()[-1])
     return result
-
-
-def _nothing(shard: Shard, out: str) -> Counts:
-    return Counts(input_sha256="-")
 
 
 if __name__ == "__main__":
