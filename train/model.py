@@ -170,14 +170,16 @@ def build(recipe: Recipe, seed: int) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return open_clip.model.CLIP(**recipe.model)
+        config = dict(recipe.model)
+        kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+        return kind(**config)
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
     """open_clip's BPE tokenizer with the recipe's context length: list[str] -> int64 [n, context]."""
     import open_clip
 
-    return open_clip.SimpleTokenizer(context_length=recipe.model["text_cfg"]["context_length"])
+    return open_clip.SimpleTokenizer(context_length=recipe.model["text_cfg"].get("context_length", 77))
 
 
 def save(folder: str, state: Mapping[str, torch.Tensor], recipe: Recipe, origin: Mapping[str, Any]) -> None:
