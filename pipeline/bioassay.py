@@ -121,7 +121,7 @@ def ed50(trials: Trials, draws: int = DRAWS) -> Estimate:
     point, replicates = _ed50s(trials, trials.seeds, draws)
     low, high = _interval(np.log(point), np.log(replicates), len(trials.seeds))
     least, most = trials.doses[[0, -1]]
-    return Estimate(*point.tolist(), low if low >= least else 0.0, high if high <= most else np.inf)
+    return Estimate(float(point[0]), float(point[1]), low if low >= least else 0.0, high if high <= most else np.inf)
 
 
 def protection(arm: Trials, undefended: Trials, draws: int = DRAWS) -> Estimate:

@@ -13,9 +13,10 @@ from pipeline.progress import console
 from pipeline.scored import scores_folder
 from pipeline.shards import Rejected, Sample, list_shards, samples
 from pipeline.shards.store import write
+from train.results import SUCCESS
 
 if TYPE_CHECKING:
-    from pipeline.loop import Run
+    from pipeline.runs import Run
 
 TILES = 24
 VALID_ASR = 0.6  # below it the attack itself has failed and no filter can be credited
@@ -26,7 +27,7 @@ Rows = list[dict[str, Any]]
 def write_report(
     plan: Config, runs: "Sequence[Run]", arms: Rows, detectors: Rows, config: Path, out: Path, seconds: float
 ) -> None:
-    """Print the two tables and write OUT/report.html; pictures are those of the first run."""
+    """Print the two tables and write OUT/report.html; pictures are those of the first run that was scored."""
     import polars as pl
     from rich.console import Console
 
@@ -40,8 +41,8 @@ def write_report(
         facts=_facts(plan, arms, seconds),
         arms=arm_table,
         detectors=detector_table,
-        histograms=_histograms(plan, runs[0]),
-        galleries=_galleries(plan, runs[0]),
+        histograms=_histograms(plan, runs[0]) if runs else [],
+        galleries=_galleries(plan, runs[0]) if runs else {},
         command=f"mithridate loop {config.name} OUT",
     )
     path = out / "report.html"
@@ -50,13 +51,15 @@ def write_report(
 
 
 def verdict(arms: Rows) -> str:
-    """Two or three sentences on each attack and dose; an attack below its floor credits nobody."""
-    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms)
+    """Two or three sentences on each attack and dose that was tried undefended; one below its floor credits nobody."""
+    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms if a["arm"] == "undefended" and a["dose"])
+    if not groups:
+        return "Nothing is poisoned here: what counts is what each filter costs."
     return " ".join(_sentences([a for a in arms if (a["attack"], a["dose"]) == group]) for group in groups)
 
 
 def _sentences(arms: Rows) -> str:
-    success = "targeted_success" if arms[0]["targeted_success"] is not None else "asr_text"
+    success = next((name for name in SUCCESS if any(arm.get(name) is not None for arm in arms)), SUCCESS[0])
     asr, accuracy = _means(arms, success), _means(arms, "zeroshot_top1")
     undefended = asr["undefended"]
     attack, dose, ppm = spec.parse_call(arms[0]["attack"])[0], arms[0]["dose"], arms[0]["dose_ppm"]
