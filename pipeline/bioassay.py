@@ -22,6 +22,7 @@ expected success over trainings is one half. One seed gives an interval over ima
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,7 +36,7 @@ _END = 9.0  # the logits of c / 0.5 and u stay within
 _STIFF = 1e-2  # precision of their prior: keeps them off infinity, says nothing else
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trials:
     """Runs of one arm under one attack. seed int[m], dose float[m] (ppm, 0: clean), k and n int[m]: hits of images."""
 
@@ -61,6 +62,9 @@ class Trials:
         return np.unique(self.dose[self.dose > 0])
 
     def only(self, seeds: Sequence[int]) -> "Trials":
+        """Runs of these seeds; itself, where it has no others."""
+        if {*self.seed.tolist()} <= {*seeds}:
+            return self
         there = np.isin(self.seed, seeds)
         return Trials(self.seed[there], self.dose[there], self.k[there], self.n[there])
 
@@ -93,14 +97,13 @@ class Estimate:
         return self.least == self.most
 
     def __str__(self) -> str:
-        """As in a table: `410 (300–560)`, `≥ 100,000`, `≤ 30 (…)`, or `not to be told`."""
+        """As in a table: `410 (300–560)`, `≥ 8.3 (95%: ≥ 6.1)`, `≤ 30`, or `not to be told`."""
         if self.least == 0 and self.most == np.inf:
             return "not to be told"
-        point = _short(self.least) if self.known else f"≥ {_short(self.least)}"
-        point = f"≤ {_short(self.most)}" if self.least == 0 else point
-        if not self.known and self.low in (0, self.least) and self.high in (np.inf, self.most):
-            return point
-        return f"{point} ({_short(self.low)}–{_short(self.high)})"
+        if self.known:
+            return f"{_short(self.least)} ({_short(self.low)}–{_short(self.high)})"
+        sign, bound, end = ("≥", self.least, self.low) if self.least else ("≤", self.most, self.high)
+        return f"{sign} {_short(bound)}" + ("" if end == bound else f" (95%: {sign} {_short(end)})")
 
 
 UNKNOWN = Estimate(0.0, np.inf, 0.0, np.inf)
@@ -119,9 +122,11 @@ def ed50(trials: Trials, draws: int = DRAWS) -> Estimate:
     if not len(trials.doses):
         return UNKNOWN
     point, replicates = _ed50s(trials, trials.seeds, draws)
-    low, high = _interval(np.log(point), np.log(replicates), len(trials.seeds))
-    least, most = trials.doses[[0, -1]]
-    return Estimate(float(point[0]), float(point[1]), low if low >= least else 0.0, high if high <= most else np.inf)
+    low, high = _interval(_log(point), _log(replicates), len(trials.seeds))
+    lowest, highest = trials.doses[[0, -1]] * (1 - 1e-9, 1 + 1e-9)
+    low, high = (low if low >= lowest else 0.0), (high if high <= highest else np.inf)
+    least, most = point.tolist()
+    return Estimate(least, most, least if np.isclose(low, least) else low, most if np.isclose(high, most) else high)
 
 
 def protection(arm: Trials, undefended: Trials, draws: int = DRAWS) -> Estimate:
@@ -129,15 +134,15 @@ def protection(arm: Trials, undefended: Trials, draws: int = DRAWS) -> Estimate:
 
     The interval is open where that of either ED50 is: beyond the doses that were tried nothing is known.
     """
-    both = sorted({*arm.seeds} & {*undefended.seeds})
+    both = tuple(sorted({*arm.seeds} & {*undefended.seeds}))
     if not both:
         return UNKNOWN
     arm, undefended = arm.only(both), undefended.only(both)
     (point, replicates), (against, theirs) = (_ed50s(trials, both, draws) for trials in (arm, undefended))
-    ratio = np.log(point) - np.log(against[::-1])
+    ratio = _log(point) - _log(against[::-1])
     if np.isinf(ratio).all():
         return UNKNOWN
-    low, high = _interval(ratio, np.log(replicates) - np.log(theirs[:, ::-1]), len(both))
+    low, high = _interval(ratio, _log(replicates) - _log(theirs[:, ::-1]), len(both))
     of_arm, of_none = ed50(arm, draws), ed50(undefended, draws)
     if of_arm.low == 0 or of_none.high == np.inf:
         low = 0.0
@@ -161,7 +166,8 @@ def mean_over_seeds(values: Sequence[Sequence[tuple[float, float]]]) -> tuple[fl
     return point, float(low), float(high)
 
 
-def _ed50s(trials: Trials, seeds: Sequence[int], draws: int) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=256)
+def _ed50s(trials: Trials, seeds: tuple[int, ...], draws: int) -> tuple[np.ndarray, np.ndarray]:
     """The estimate [2] and its bootstrap [draws, 2], each as (least, most); seeds are drawn the same for every arm."""
     of_seed = [np.flatnonzero(trials.seed == seed) for seed in seeds]
     width = max(map(len, of_seed))
@@ -198,7 +204,8 @@ def _interval(point: np.ndarray, replicates: np.ndarray, seeds: int) -> tuple[fl
             ends.append(float(np.exp(point[side])))
             continue
         stretched = point[side] + factor * (replicates[:, side] - point[side])
-        ends.append(float(np.exp(np.quantile(stretched, level, method="inverted_cdf"))))  # no mean with an infinity
+        end = np.quantile(stretched, level, method="inverted_cdf")  # which takes no mean with an infinity
+        ends.append(float(np.exp(end)))
     return ends[0], ends[1]
 
 
@@ -303,9 +310,15 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return expit(x)
 
 
+def _log(dose: np.ndarray) -> np.ndarray:
+    """Of open ends too: 0 and inf."""
+    with np.errstate(divide="ignore"):
+        return np.log(dose)
+
+
 def _short(value: float) -> str:
     if value == 0:
         return "0"
     if value == np.inf:
         return "∞"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
