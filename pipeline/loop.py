@@ -19,7 +19,7 @@ import tyro
 from pipeline import spec
 from pipeline.arguments import Out
 from pipeline.board import Board
-from pipeline.config import Config
+from pipeline.config import POOL, Config
 from pipeline.doses import Adaptive, Search
 from pipeline.errors import InputError
 from pipeline.estimate import estimate, hours, runs_of
@@ -179,9 +179,10 @@ def _check(plan: Config) -> None:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
         entries = [spec.parse("detectors", text) for text in scores.detectors]
         for entry in entries:
-            if set(EARLIER) & set(entry.needs) and not scored:
+            if set(EARLIER) & set(entry.needs) and scores.epoch == plan.scores[0].epoch:
                 raise InputError(f"{spec.text(entry)} compares two epochs: let it score at a later one than the first")
-        scored[scores.epoch] = [spec.text(entry) for entry in entries]
+        if scores.pool == POOL:
+            scored[scores.epoch] = [spec.text(entry) for entry in entries]
     for arm in plan.filters:
         for detector in read_by(arm.policy):
             column([f"{scores_folder(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import ledger, spec
-from pipeline.config import Config, Filter
+from pipeline.config import POOL, Config, Filter, Scores
 from pipeline.embed import embed
 from pipeline.filter import filter_shards
 from pipeline.inputs import EARLIER, EMBEDDED
@@ -109,9 +109,7 @@ class Run:
         """Whether there are scores of all epochs that the config asks for."""
         shards = [s.name for s in list_shards(self.plan.shards)]
         return all(
-            Path(scores_path(self._scores(scores.epoch), name)).exists()
-            for scores in self.plan.scores
-            for name in shards
+            Path(scores_path(self.scores_of(scores), name)).exists() for scores in self.plan.scores for name in shards
         )
 
     def poison(self) -> None:
@@ -120,9 +118,9 @@ class Run:
 
     def score(self) -> None:
         """Embed and score at every epoch that the config names."""
-        before = None
-        for scores in self.plan.scores:
-            embeddings, out = self._embeddings(scores.epoch), self._scores(scores.epoch)
+        before = last = None
+        for number, scores in enumerate(self.plan.scores):
+            embeddings, out = self._embeddings(scores.epoch), self.scores_of(scores)
             needs = {need for text in scores.detectors for need in spec.parse("detectors", text).needs}
             if needs & {*EMBEDDED, *EARLIER}:
                 checkpoint = str(self.folder / "undefended" / "checkpoints" / f"epoch_{scores.epoch:03d}")
@@ -135,10 +133,13 @@ class Run:
                 detector=scores.detectors,
                 embeddings=embeddings,
                 earlier=before,
+                pool=scores.pool,
                 traces=str(self.folder / "undefended" / "traces"),
                 seed=self.seed,
             )
-            before = embeddings if needs & {*EMBEDDED, *EARLIER} else before
+            last = embeddings if needs & {*EMBEDDED, *EARLIER} else last
+            following = self.plan.scores[number + 1 : number + 2]
+            before = last if following and following[0].epoch != scores.epoch else before
 
     def kept(self, arm: Arm) -> dict[str, Any] | None:
         """The row of an arm that is done."""
@@ -165,18 +166,18 @@ class Run:
     def detectors(self) -> list[dict[str, Any]]:
         rows = []
         for scores in self.plan.scores:
-            found, poisoned = self.scores_and_truth(scores.epoch)
-            seconds = _marker_seconds(self._scores(scores.epoch), self.plan.shards)
+            found, poisoned = self.scores_and_truth(scores)
+            seconds = _marker_seconds(self.scores_of(scores), self.plan.shards)
             for name in (n for n in found if n != "uid"):
-                row = self._common() | {"detector": name, "when": f"epoch {scores.epoch}"}
+                row = self._common() | {"detector": name, "when": scores.when, "pool": scores.pool}
                 row |= quality(found[name], found["uid"], poisoned)
                 spent = seconds.get(name, 0.0)
                 rows.append(row | {"seconds": spent, "microseconds_per_sample": 1e6 * spent / max(len(poisoned), 1)})
         return rows
 
-    def scores_and_truth(self, epoch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """All scores of an epoch, and which rows are poisoned."""
-        parts = [read_scores(scores_path(self._scores(epoch), s.name)) for s in list_shards(self.poisoned)]
+    def scores_and_truth(self, scores: Scores) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All scores of an epoch and pool, and which rows are poisoned."""
+        parts = [read_scores(scores_path(self.scores_of(scores), s.name)) for s in list_shards(self.poisoned)]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         known = ledger.poisoned_uids(ledger.ledger_path(self.poisoned))
         return found, np.asarray([u in known for u in found["uid"]])
@@ -258,6 +259,10 @@ class Run:
 
     def _embeddings(self, epoch: int) -> str:
         return str(self.folder / f"embeddings-{epoch:03d}")
+
+    def scores_of(self, scores: Scores) -> str:
+        """The folder."""
+        return self._scores(scores.epoch) + ("" if scores.pool == POOL else f"-pool{scores.pool}")
 
     def _scores(self, epoch: int) -> str:
         return str(self.folder / scores_folder(epoch))

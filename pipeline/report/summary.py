@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import ledger, report, spec
-from pipeline.config import Config
+from pipeline.config import POOL, Config, Scores
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
 from pipeline.scored import scores_folder
@@ -105,14 +105,14 @@ def _facts(plan: Config, arms: Rows, seconds: float) -> dict[str, str]:
     }
 
 
-def _shown(plan: Config) -> list[tuple[int, str]]:
-    """Epoch and detector of the arms that were trained, controls aside."""
+def _shown(plan: Config) -> list[tuple[Scores, str]]:
+    """Scores and detector of the arms that were trained, controls aside."""
     named = []
     for arm in plan.filters:
         there = {
-            f"{scores_folder(scored.epoch)}:{name}": (scored.epoch, name)
+            f"{scores_folder(scored.epoch)}:{name}": (scored, name)
             for scored in plan.scores
-            if scored.epoch in arm.epochs
+            if scored.epoch in arm.epochs and scored.pool == POOL
             for name in (spec.text(spec.parse("detectors", text)) for text in scored.detectors)
         }
         named += [there[column(there, name)] for name in spec.parse("policies", arm.policy).detectors]
@@ -122,19 +122,19 @@ def _shown(plan: Config) -> list[tuple[int, str]]:
 def _histograms(plan: Config, run: "Run") -> list[report.Histogram]:
     out = []
     for scored in plan.scores:
-        found, poisoned = run.scores_and_truth(scored.epoch)
+        found, poisoned = run.scores_and_truth(scored)
         for name in (n for n in found if n != "uid" and n.split("(")[0] not in CONTROLS):
-            out.append(report.Histogram(name, f"epoch {scored.epoch}", found[name][~poisoned], found[name][poisoned]))
+            out.append(report.Histogram(name, scored.when, found[name][~poisoned], found[name][poisoned]))
     return out
 
 
 def _galleries(plan: Config, run: "Run") -> dict[str, list[report.Tile]]:
     chosen: dict[str, list[tuple[str, float]]] = {}
-    for epoch, detector in _shown(plan):
-        found, _ = run.scores_and_truth(epoch)
+    for scored, detector in _shown(plan):
+        found, _ = run.scores_and_truth(scored)
         name = column(found, detector)
         worst = np.argsort(keys(found[name], found["uid"]))[::-1][:TILES]
-        chosen[f"{name}, epoch {epoch}"] = [(found["uid"][row], float(found[name][row])) for row in worst]
+        chosen[f"{name}, {scored.when}"] = [(found["uid"][row], float(found[name][row])) for row in worst]
     before = {row["uid"]: row["caption_before"] for row in ledger.read(ledger.ledger_path(run.poisoned)).to_pylist()}
     wanted = {uid for tiles in chosen.values() for uid, _ in tiles}
     pictures = {s.uid: s for shard in list_shards(run.poisoned) for s in samples(shard, plan.uid) if s.uid in wanted}
