@@ -153,12 +153,11 @@ def _say_mixed(rows: list[dict[str, Any]]) -> None:
 def _check(plan: Config) -> None:
     """Everything that can be wrong is found before the first hour is spent."""
     from train.labels import read_classes
-    from train.recipes import RECIPES
+    from train.recipes import recipe_of
 
     if empty := [name for name in ("attacks", "doses", "seeds") if not getattr(plan, name)]:
         raise InputError(f"nothing to run: no {', no '.join(empty)}")
-    if plan.recipe not in RECIPES:
-        raise InputError(f"recipe {plan.recipe!r}: there are {', '.join(RECIPES)}")
+    recipe = recipe_of(plan.recipe)
     for shards in (plan.shards, plan.evaluation, plan.reference or plan.shards):
         list_shards(shards)
     classes = read_classes(plan.classes)
@@ -169,7 +168,6 @@ def _check(plan: Config) -> None:
     for dose in plan.doses:
         if not Adaptive.parse(dose):
             Dose.parse(dose)
-    recipe = RECIPES[plan.recipe]
     kept = [epoch for epoch in range(1, recipe.epochs + 1) if recipe.keeps(epoch)]
     for defense in plan.defenses:
         spec.parse("defenses", defense).by_content()  # that what it names is there
