@@ -26,7 +26,7 @@ def pairs_per_second(recipe: Recipe) -> float:
     towers = Towers(clip, np.arange(WORDS)).to(device).to(memory_format=torch.channels_last)
     optimizer = optimizer_of(towers, recipe)
     images = torch.rand(part, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    tokens = torch.randint(WORDS, (part, recipe.model["text_cfg"]["context_length"]), device=device)
+    tokens = torch.randint(WORDS, (part, recipe.model["text_cfg"].get("context_length", 77)), device=device)
     spent = []
     for _ in range(STEPS):
         begin = time.perf_counter()
