@@ -27,6 +27,11 @@ VERBS = {
     "validate-attack": ("pipeline.validate_attack:validate_attack", "from which dose on an attack works, undefended"),
     "calibrate": ("pipeline.calibrate:calibrate", "choose detectors, weights and time to score by known poisons"),
     "loop": ("pipeline.loop:loop", "attacks x doses x filters x seeds from one config; writes results and a report"),
+    "dose-response": (
+        "pipeline.dose_response:dose_response",
+        "ED50, protection factors and figures from results of loops",
+    ),
+    "compare": ("pipeline.compare:compare", "what is different between two results"),
     "gallery": ("pipeline.gallery:gallery", "what the triggers look like, what a codec leaves of them, what they cost"),
     "list": (
         "pipeline.listing:list_entries",

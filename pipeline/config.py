@@ -11,13 +11,25 @@ from pipeline.errors import InputError
 from pipeline.shards import UidRule
 from pipeline.spec import fits, type_name
 
+POOL = 16384  # as `score` has it
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Detectors over the embeddings of one epoch's checkpoint (and the traces up to the end)."""
+    """Detectors over the embeddings of one epoch's checkpoint (and the traces up to the end).
+
+    `pool`: reference rows, as of `score`. Another number than the default is for tables of detectors alone: filters
+    read the scores of the default pool.
+    """
 
     epoch: int
     detectors: tuple[str, ...]
+    pool: int = POOL
+
+    @property
+    def when(self) -> str:
+        """In words."""
+        return f"epoch {self.epoch}" + ("" if self.pool == POOL else f", pool of {self.pool:,}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class Filter:
 class Config:
     """The TOML file. `reference`: labelled clean shards for the image-kNN readout (default: `shards`).
 
+    A dose is one of `poison`, or `adaptive(low='0.3%', high='10%', factor=1.5)`: a bisection for each attack, arm and
+    seed.
     `defenses` are specs, an arm each; those that repair a model are given the undefended one.
     """
 

@@ -17,6 +17,7 @@ from filters._batch import Batch, Drawn
 from filters._knn import most
 from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards
+from pipeline.config import POOL
 from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
 from pipeline.ledger import beside, poisoned_uids
@@ -40,7 +41,7 @@ def score(
     earlier: str | None = None,
     traces: str | None = None,
     ledger: str | None = None,
-    pool: int = 16384,
+    pool: int = POOL,
     probes: int = 0,
     seed: int = 0,
     uid: UidRule = "key",

@@ -30,9 +30,9 @@ from pipeline.shard_map import code_digest, each
 from pipeline.shards import list_shards
 from pipeline.shards.store import absolute, make_folder, whole, write
 from train.metrics import wilson
+from train.results import SUCCESS
 
 CONTROL = "{control}"  # in a spec: the checkpoint of a clean model of another seed, for attacks that need one
-READOUTS = ("asr_text", "asr_t2i", "targeted_success")  # an attack is judged by the first that it has
 
 
 def validate_attack(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out: Out, /) -> int:
@@ -224,7 +224,7 @@ def markdown(rows: Sequence[dict[str, Any]], floor: float) -> str:
     verdicts = []
     for attack in dict.fromkeys(row["attack"] for row in rows):
         mine = [row for row in rows if row["attack"] == attack]
-        by = next((name for name in READOUTS if any(row[f"{name}_n"] for row in mine)), READOUTS[0])
+        by = next((name for name in SUCCESS if any(row[f"{name}_n"] for row in mine)), SUCCESS[0])
         clean = _pooled([row for row in mine if row["arm"] == "control"], by)
         valid_from = None
         arms = sorted((row for row in mine if row["arm"] == "poisoned"), key=lambda row: row["poisons"])

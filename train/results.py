@@ -34,6 +34,7 @@ METRICS = (
     "backdoor_z_variance",
     "backdoor_z_std",
 )
+SUCCESS = ("asr_text", "asr_t2i", "targeted_success")  # an attack is judged by the first that it has
 NOTHING = Rate(None, 0, None, None)
 Measured = Mapping[str, Rate | Score]
 
@@ -44,6 +45,12 @@ def columns(found: Measured) -> dict[str, Any]:
     for name in METRICS:
         flat |= _told(name, found.get(name, NOTHING))
     return flat
+
+
+def judged(row: Mapping[str, Any]) -> tuple[str, float | None]:
+    """By which measure the attack of a row of results is judged, and what it is; None where nothing was asked."""
+    name = next((name for name in SUCCESS if row.get(f"{name}_n")), SUCCESS[0])
+    return name, row.get(name)
 
 
 def write_rows(path: str, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import ledger, report, spec
-from pipeline.config import Config
+from pipeline.config import POOL, Config, Scores
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
 from pipeline.scored import scores_folder
 from pipeline.shards import Rejected, Sample, list_shards, samples
 from pipeline.shards.store import write
+from train.results import SUCCESS
 
 if TYPE_CHECKING:
-    from pipeline.loop import Run
+    from pipeline.runs import Run
 
 TILES = 24
 VALID_ASR = 0.6  # below it the attack itself has failed and no filter can be credited
@@ -26,7 +27,7 @@ Rows = list[dict[str, Any]]
 def write_report(
     plan: Config, runs: "Sequence[Run]", arms: Rows, detectors: Rows, config: Path, out: Path, seconds: float
 ) -> None:
-    """Print the two tables and write OUT/report.html; pictures are those of the first run."""
+    """Print the two tables and write OUT/report.html; pictures are those of the first run that was scored."""
     import polars as pl
     from rich.console import Console
 
@@ -40,8 +41,8 @@ def write_report(
         facts=_facts(plan, arms, seconds),
         arms=arm_table,
         detectors=detector_table,
-        histograms=_histograms(plan, runs[0]),
-        galleries=_galleries(plan, runs[0]),
+        histograms=_histograms(plan, runs[0]) if runs else [],
+        galleries=_galleries(plan, runs[0]) if runs else {},
         command=f"mithridate loop {config.name} OUT",
     )
     path = out / "report.html"
@@ -50,13 +51,15 @@ def write_report(
 
 
 def verdict(arms: Rows) -> str:
-    """Two or three sentences on each attack and dose; an attack below its floor credits nobody."""
-    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms)
+    """Two or three sentences on each attack and dose that was tried undefended; one below its floor credits nobody."""
+    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms if a["arm"] == "undefended" and a["dose"])
+    if not groups:
+        return "Nothing is poisoned here: what counts is what each filter costs."
     return " ".join(_sentences([a for a in arms if (a["attack"], a["dose"]) == group]) for group in groups)
 
 
 def _sentences(arms: Rows) -> str:
-    success = "targeted_success" if arms[0]["targeted_success"] is not None else "asr_text"
+    success = next((name for name in SUCCESS if any(arm.get(name) is not None for arm in arms)), SUCCESS[0])
     asr, accuracy = _means(arms, success), _means(arms, "zeroshot_top1")
     undefended = asr["undefended"]
     attack, dose, ppm = spec.parse_call(arms[0]["attack"])[0], arms[0]["dose"], arms[0]["dose_ppm"]
@@ -102,14 +105,14 @@ def _facts(plan: Config, arms: Rows, seconds: float) -> dict[str, str]:
     }
 
 
-def _shown(plan: Config) -> list[tuple[int, str]]:
-    """Epoch and detector of the arms that were trained, controls aside."""
+def _shown(plan: Config) -> list[tuple[Scores, str]]:
+    """Scores and detector of the arms that were trained, controls aside."""
     named = []
     for arm in plan.filters:
         there = {
-            f"{scores_folder(scored.epoch)}:{name}": (scored.epoch, name)
+            f"{scores_folder(scored.epoch)}:{name}": (scored, name)
             for scored in plan.scores
-            if scored.epoch in arm.epochs
+            if scored.epoch in arm.epochs and scored.pool == POOL
             for name in (spec.text(spec.parse("detectors", text)) for text in scored.detectors)
         }
         named += [there[column(there, name)] for name in spec.parse("policies", arm.policy).detectors]
@@ -119,19 +122,19 @@ def _shown(plan: Config) -> list[tuple[int, str]]:
 def _histograms(plan: Config, run: "Run") -> list[report.Histogram]:
     out = []
     for scored in plan.scores:
-        found, poisoned = run.scores_and_truth(scored.epoch)
+        found, poisoned = run.scores_and_truth(scored)
         for name in (n for n in found if n != "uid" and n.split("(")[0] not in CONTROLS):
-            out.append(report.Histogram(name, f"epoch {scored.epoch}", found[name][~poisoned], found[name][poisoned]))
+            out.append(report.Histogram(name, scored.when, found[name][~poisoned], found[name][poisoned]))
     return out
 
 
 def _galleries(plan: Config, run: "Run") -> dict[str, list[report.Tile]]:
     chosen: dict[str, list[tuple[str, float]]] = {}
-    for epoch, detector in _shown(plan):
-        found, _ = run.scores_and_truth(epoch)
+    for scored, detector in _shown(plan):
+        found, _ = run.scores_and_truth(scored)
         name = column(found, detector)
         worst = np.argsort(keys(found[name], found["uid"]))[::-1][:TILES]
-        chosen[f"{name}, epoch {epoch}"] = [(found["uid"][row], float(found[name][row])) for row in worst]
+        chosen[f"{name}, {scored.when}"] = [(found["uid"][row], float(found[name][row])) for row in worst]
     before = {row["uid"]: row["caption_before"] for row in ledger.read(ledger.ledger_path(run.poisoned)).to_pylist()}
     wanted = {uid for tiles in chosen.values() for uid, _ in tiles}
     pictures = {s.uid: s for shard in list_shards(run.poisoned) for s in samples(shard, plan.uid) if s.uid in wanted}

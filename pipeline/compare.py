@@ -1,0 +1,119 @@
+"""What is different between two results: before and after a filter was changed, last month and this month.
+
+Trade-off: arms are compared as they are called, so an arm whose spec has changed is only in one of the two; what has
+changed in the code under the same name is told by the versions.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipeline import results
+from pipeline.bioassay import mean_over_seeds
+from pipeline.errors import InputError
+from pipeline.results import ArmKey, Row
+from train.results import judged
+
+# What a folder holds -> who compares two of them: (A, B) -> Markdown. A file that is given is known by its name.
+KINDS = {results.FILE: "pipeline.compare:compare_results"}
+MEASURED = ("success", "zeroshot_top1", "knn_top1")
+Group = tuple[str, int, ArmKey]
+
+
+def compare(
+    before: Annotated[str, tyro.conf.arg(metavar="A")],
+    after: Annotated[str, tyro.conf.arg(metavar="B")],
+    /,
+) -> int:
+    """What is different in B from A, as Markdown with 95% intervals; both of one kind.
+
+    Args:
+        before: OUT of a loop, or its results.parquet.
+        after: another one.
+    """
+    kinds = [_kind(where) for where in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{before} holds {kinds[0]}, {after} {kinds[1]}: two of one kind can be compared")
+    module, name = KINDS[kinds[0]].split(":")
+    print(getattr(importlib.import_module(module), name)(before, after))
+    return 0
+
+
+def _kind(where: str) -> str:
+    path = Path(where)
+    found = [name for name in KINDS if (path / name).is_file() or (path.is_file() and path.suffix == Path(name).suffix)]
+    if not found:
+        raise InputError(f"{where}: nothing to compare here; there should be {' or '.join(KINDS)}")
+    return found[0]
+
+
+def compare_results(before: str, after: str) -> str:
+    """Differences B - A of attack success and accuracy, arm by arm; paired by seed where the seeds are the same."""
+    old, new = results.read(before), results.read(after)
+    names = results.labels([*old, *new])
+    one, two = _grouped(old), _grouped(new)
+    heads = ["attack", "poisons", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for group in (group for group in one if group in two):
+        a, b = one[group], two[group]
+        cells = [_difference(a, b, measure) for measure in MEASURED]
+        shown = " → ".join(_percent(_mean(rows, MEASURED[0])) for rows in (a, b))
+        label = names[group[2]].replace("|", "\\|")
+        seeds = len({row["seed"] for row in a} & {row["seed"] for row in b})
+        lines.append(f"| `{group[0]}` | {group[1]:,} | {label} | {shown} | {' | '.join(cells)} | {seeds} |")
+    lines.append("")
+    for where, mine, other in (("A", one, two), ("B", two, one)):
+        for group in (group for group in mine if group not in other):
+            lines.append(f"- only in {where}: `{group[0]}`, {group[1]:,} poisons, {names[group[2]]}")
+    if not {*one} & {*two}:
+        lines.append("- nothing is in both")
+    for where, rows in (("A", old), ("B", new)):
+        lines += [f"- {where}: {version}" for version in results.versions(rows)]
+    if results.versions(old)[1:] or results.versions(new)[1:]:
+        lines.append("- **mixed versions**: rows of one result are of different code or recipes")
+    return "\n".join([*lines, ""])
+
+
+def _grouped(rows: Sequence[Row]) -> dict[Group, list[Row]]:
+    found: dict[Group, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["attack"], row["dose"], results.arm_key(row)), []).append(row)
+    return found
+
+
+def _value(row: Row, measure: str) -> tuple[float | None, int]:
+    """The rate and its n."""
+    name = judged(row)[0] if measure == MEASURED[0] else measure
+    return row.get(name), int(row.get(f"{name}_n") or 0)
+
+
+def _mean(rows: Sequence[Row], measure: str) -> float | None:
+    there = [value for row in rows if (value := _value(row, measure)[0]) is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _difference(a: Sequence[Row], b: Sequence[Row], measure: str) -> str:
+    """In points; of the seeds that both have."""
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for row in a:
+        for other in b:
+            (was, n), (now, m) = _value(row, measure), _value(other, measure)
+            if row["seed"] == other["seed"] and was is not None and now is not None and n and m:
+                variance = was * (1 - was) / n + now * (1 - now) / m
+                by_seed.setdefault(row["seed"], []).append((100 * (now - was), 1e4 * variance))
+    if not by_seed:
+        return "–"
+    return "{:+.1f} ({:+.1f} – {:+.1f})".format(*mean_over_seeds(list(by_seed.values())))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("compare")

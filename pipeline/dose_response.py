@@ -1,0 +1,265 @@
+"""ED50 of every attack under every arm, protection factors, and the figures, from results.parquet alone.
+
+Trade-off: nothing is trained or read beside the results, so a figure can be made anywhere; what the loop has not
+measured is told as not measured. docs/dose_response.md says what the numbers mean.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline import results, spec
+from pipeline.arguments import Out
+from pipeline.bioassay import UNKNOWN, Curve, Estimate, Trials, ed50, fit, mean_over_seeds, protection
+from pipeline.errors import InputError
+from pipeline.progress import console
+from pipeline.results import ArmKey, Row
+from pipeline.shards.store import make_folder, whole, write
+from train.results import SUCCESS
+
+UNDEFENDED = "undefended"
+UTILITY = "zeroshot_top1"
+FEW = 3  # seeds
+
+
+def dose_response(
+    table: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RESULTS")],
+    out: Out,
+    /,
+) -> int:
+    """ED50, protection factor, utility lost and cost of every arm, with 95% intervals and figures.
+
+    Writes OUT/dose_response.{parquet,json,md,svg,png} and OUT/protection.{svg,png}.
+
+    Args:
+        table: results.parquet of one loop or more, or their OUT folders; of one recipe.
+        out: folder for tables and figures.
+    """
+    rows, notes = _together(table)
+    names = results.labels(rows)
+    attacks = [_attack(attack, rows, names, notes) for attack in dict.fromkeys(row["attack"] for row in rows)]
+    effects = [effect for attack in attacks for effect in attack]
+    folder = Path(out)
+    make_folder(str(folder))
+    records = [effect.record for effect in effects]
+    with whole(str(folder / "dose_response.parquet")) as file:
+        import polars as pl
+
+        pl.DataFrame(records, infer_schema_length=None).write_parquet(file)
+    facts = {"notes": notes, "versions": results.versions(rows), "effects": records}
+    write(str(folder / "dose_response.json"), json.dumps(facts, indent=1).encode())
+    said = markdown(attacks, [*notes, *results.versions(rows)])
+    write(str(folder / "dose_response.md"), said.encode())
+    from pipeline.report.figures import dose_response_figure, protection_figure, save
+
+    for name, figure in (("dose_response", dose_response_figure(attacks)), ("protection", protection_figure(attacks))):
+        if figure is not None:
+            save(figure, folder / name)
+    print(said)
+    console.print(f"figures and tables: {folder}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One arm under one attack.
+
+    `lost`: points of zero-shot top-1, with its 95% interval. `cost`: core-seconds of the filter a million pairs.
+    `training`: seconds beyond those of a plain training, a million pairs.
+    """
+
+    attack: str
+    key: ArmKey
+    label: str
+    measure: str
+    trials: Trials
+    against: Trials
+    lost: tuple[float, float, float] | None
+    lost_against: str
+    cost: float | None
+    training: float | None
+    pairs_per_ppm: float
+
+    @cached_property
+    def ed50(self) -> Estimate:
+        return ed50(self.trials)
+
+    @cached_property
+    def curve(self) -> Curve | None:
+        return fit(self.trials)
+
+    @cached_property
+    def protection(self) -> Estimate | None:
+        """None of the undefended arm itself."""
+        return protection(self.trials, self.against) if self.key[0] != UNDEFENDED else None
+
+    @property
+    def said(self) -> str:
+        """Whether the ED50 is known, and if not, why."""
+        if self.ed50 == UNKNOWN:
+            return "no dose was tried"
+        if self.ed50.known:
+            return "reached"
+        return "not reached" if self.ed50.most == float("inf") else "below the lowest dose"
+
+    @property
+    def record(self) -> Row:
+        """A row of dose_response.parquet; open ends of intervals are null."""
+        doses, curve = self.trials.doses, self.curve
+        row: Row = {"attack": self.attack, **dict(zip(results.ARM, self.key, strict=True)), "label": self.label}
+        row |= {"measure": self.measure, "runs": len(self.trials.dose), "seeds": len(self.trials.seeds)}
+        row |= {"images": int(self.trials.n.sum()), "doses": len(doses)}
+        row |= {"lowest_ppm": float(doses[0]) if len(doses) else None}
+        row |= {"highest_ppm": float(doses[-1]) if len(doses) else None, "ed50": self.said}
+        row |= _columns("ed50_ppm", self.ed50) | {"ed50_pairs": None}
+        if self.ed50.known:
+            row["ed50_pairs"] = self.ed50.least * self.pairs_per_ppm
+        row |= _columns("protection", self.protection or UNKNOWN)
+        low, high = self.lost[1:] if self.lost else (None, None)
+        row |= {"utility_lost_points": self.lost[0] if self.lost else None, "utility_lost_low": low}
+        row |= {"utility_lost_high": high, "utility_lost_against": self.lost_against}
+        row |= {"cpu_seconds_per_million": self.cost, "training_seconds_per_million": self.training}
+        for name in ("middle", "slope", "lower", "upper"):
+            row[f"curve_{name}"] = getattr(curve, name) if curve else None
+        return row
+
+
+def _columns(name: str, estimate: Estimate) -> Row:
+    """`name` (null unless known), what it is at least and at most, and the interval."""
+    row: Row = {name: estimate.least if estimate.known else None}
+    for end in ("least", "most", "low", "high"):
+        value = getattr(estimate, end)
+        row[f"{name}_{end}"] = value if 0 < value < float("inf") else None
+    return row
+
+
+def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """The rows of all files, each run once, and what a reader has to be told of them."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for path in paths:
+        for row in results.read(path):
+            key = (row["attack"], row["dose_ppm"], row["seed"], results.arm_key(row))
+            if key in found and any(found[key].get(name) != row.get(name) for name in (*SUCCESS, UTILITY)):
+                raise InputError(
+                    f"{path}: {row['attack']}, {row['dose']} poisons, seed {row['seed']}, {row['arm']} is in another "
+                    "of these with other figures; give one of the two, `mithridate compare` shows how they differ"
+                )
+            found.setdefault(key, row)
+    rows, notes = list(found.values()), []
+    if len(recipes := {row.get("recipe_digest") or row.get("recipe") for row in rows}) > 1:
+        raise InputError(f"results of {len(recipes)} recipes: an ED50 belongs to one, give them one at a time")
+    if len({row.get("code") for row in rows}) > 1:
+        notes.append("Results of mixed code versions, listed below.")
+    return rows, notes
+
+
+def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: list[str]) -> list[Effect]:
+    """Its arms, undefended first."""
+    mine = [row for row in rows if row["attack"] == attack]
+    measure = next((name for name in SUCCESS if any(row.get(f"{name}_n") for row in mine)), None)
+    if measure is None:
+        notes.append(f"`{attack}`: success was asked of no image; is there an evaluation image of another class?")
+    measure = measure or SUCCESS[0]
+    clean = {row["seed"]: row for row in mine if row["dose"] == 0 and row["arm"] == UNDEFENDED}
+    none = [row for row in mine if row["arm"] == UNDEFENDED]
+    keys = sorted(
+        {results.arm_key(row) for row in mine}, key=lambda key: (key[0] != UNDEFENDED, list(names).index(key))
+    )
+    undefended = _trials(none, measure)
+    effects = []
+    for key in keys:
+        own = [row for row in mine if results.arm_key(row) == key]
+        # a model that nobody poisoned tells the lower end; of the arm's own, or else of none
+        control = [] if any(row["dose"] == 0 for row in own) else list(clean.values())
+        trials = undefended if key[0] == UNDEFENDED else _trials([*own, *control], measure)
+        lost, lost_against = _lost(own, clean, none)
+        per_ppm = next((row["dose"] / row["dose_ppm"] for row in mine if row["dose_ppm"]), 0.0)
+        cost, training = _mean(row.get("filter_cpu_seconds_per_million") for row in own), _training(own, none)
+        effects.append(
+            Effect(attack, key, names[key], measure, trials, undefended, lost, lost_against, cost, training, per_ppm)
+        )
+    if not any(len(effect.trials.doses) for effect in effects):
+        notes.append(f"`{attack}`: nothing was poisoned, so there is no dose–response.")
+    elif not none:
+        notes.append(f"`{attack}`: never tried undefended, so there are no protection factors.")
+    elif effects[0].said == "not reached":
+        notes.append(f"`{attack}`: not reached undefended at the highest dose: nobody is credited for its failure.")
+    if (seeds := len(effects[0].trials.seeds)) < FEW:
+        only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
+        notes.append(f"`{attack}`: {seeds} seed{'s' * (seeds != 1)}: {only}.")
+    return effects
+
+
+def _trials(rows: Sequence[Row], measure: str) -> Trials:
+    asked = [(row, int(row.get(f"{measure}_n") or 0)) for row in rows]
+    return Trials.of([(row["seed"], row["dose_ppm"], round((row[measure] or 0.0) * n), n) for row, n in asked if n])
+
+
+def _lost(
+    own: Sequence[Row], clean: dict[int, Row], none: Sequence[Row]
+) -> tuple[tuple[float, float, float] | None, str]:
+    """Points of zero-shot top-1, paired by seed: against the clean model, or where that is missing at the same dose."""
+    same = {(row["seed"], row["dose_ppm"]): row for row in none}
+    find: Callable[[Row], Row | None] = lambda row: clean.get(row["seed"])  # noqa: E731
+    against = "unpoisoned, undefended"
+    if not clean:
+        find, against = (lambda row: same.get((row["seed"], row["dose_ppm"]))), "undefended at the same dose"
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for row in own:
+        other = find(row)
+        if other is None or other is row or row.get(UTILITY) is None or other.get(UTILITY) is None:
+            continue
+        variance = sum(r[UTILITY] * (1 - r[UTILITY]) / max(r[f"{UTILITY}_n"] or 1, 1) for r in (row, other))
+        by_seed.setdefault(row["seed"], []).append((100 * (other[UTILITY] - row[UTILITY]), 1e4 * variance))
+    return (mean_over_seeds(list(by_seed.values())), against) if by_seed else (None, against)
+
+
+def _training(own: Sequence[Row], none: Sequence[Row]) -> float | None:
+    """Seconds of a defense beyond those of a plain training, a million pairs; of a repair all of them are beyond."""
+    plain, pairs = _mean(row.get("train_seconds") for row in none), _mean(row.get("samples") for row in none)
+    spent = _mean(row.get("train_seconds") for row in own)
+    defense = own[0].get("defense")
+    if not defense or spent is None or plain is None or not pairs:
+        return None
+    repairs = spec.entry("defenses", spec.parse_call(defense)[0]).needs_init  # type: ignore[attr-defined]
+    return 1e6 * (spent if repairs else spent - plain) / pairs
+
+
+def _mean(values: Any) -> float | None:
+    there = [float(value) for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
+    """A table an attack."""
+    heads = "arm|ED50, ppm (95%)|pairs|protection factor (95%)|top-1 lost, points (95%)|core-s per 10⁶ pairs|seeds|runs"
+    lines = []
+    for effects in attacks:
+        lines += [f"### `{effects[0].attack}` by {effects[0].measure}", "", f"| {heads.replace('|', ' | ')} |"]
+        lines.append("|---" * (heads.count("|") + 1) + "|")
+        for one in effects:
+            lost = "–" if one.lost is None else "{:+.1f} ({:+.1f} – {:+.1f})".format(*one.lost)
+            cost = "–" if one.cost is None else f"{one.cost:,.0f}"
+            cost += "" if one.training is None else f" (training: {one.training:+,.0f} s)"
+            pairs = f"{one.ed50.least * one.pairs_per_ppm:,.0f}" if one.ed50.known else one.said
+            factor = "–" if one.protection is None else str(one.protection)
+            label = one.label.replace("|", "\\|")
+            lines.append(
+                f"| {label} | {one.ed50} | {pairs} | {factor} | {lost} | {cost} | {len(one.trials.seeds)} "
+                f"| {int((one.trials.dose > 0).sum())} |"
+            )
+        if (against := effects[0].lost_against) and any(one.lost for one in effects):
+            lines += ["", f"Top-1 lost is against: {against}."]
+        lines.append("")
+    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run
+
+    run("dose-response")

@@ -1,0 +1,89 @@
+"""`results.parquet` of a loop, read as hostile input and with what a reader wants to call its arms.
+
+Trade-off: rows are read whole, since a table of runs is small; what is in none of the columns that a verb needs is not
+looked at.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import spec
+from pipeline.errors import InputError
+from train.results import SUCCESS
+
+FILE = "results.parquet"
+NEEDED = ("attack", "dose", "dose_ppm", "seed", "arm", "zeroshot_top1", "zeroshot_top1_n")
+ARM = ("arm", "when", "policy", "defense")  # what tells one arm from another
+Row = dict[str, Any]
+ArmKey = tuple[str, str | None, str | None, str | None]
+
+
+def read(where: str) -> list[Row]:
+    """Rows of a loop's results.parquet, or of the folder that holds it. Raises InputError where they are not that."""
+    import polars as pl
+
+    path = Path(where, FILE) if Path(where).is_dir() else Path(where)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; `mithridate loop` writes it")
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from error
+    if missing := [name for name in NEEDED if name not in table.columns]:
+        raise InputError(f"{path}: not the results of a loop; there is no column {', '.join(missing)}")
+    if not any(f"{name}_n" in table.columns for name in SUCCESS):
+        raise InputError(f"{path}: no measure of success with its n; there should be one of {', '.join(SUCCESS)}")
+    if not len(table):
+        raise InputError(f"{path}: no rows")
+    numbers = [name for name in ("dose", "dose_ppm", "seed") if not table[name].dtype.is_numeric()]
+    if numbers or table.select(NEEDED[:5]).null_count().sum_horizontal().item():
+        raise InputError(
+            f"{path}: {', '.join(numbers or NEEDED[:5])} must be {'numbers' if numbers else 'in every row'}"
+        )
+    return table.to_dicts()
+
+
+def arm_key(row: Row) -> ArmKey:
+    return row["arm"], row.get("when"), row.get("policy"), row.get("defense")
+
+
+def labels(rows: Iterable[Row]) -> dict[ArmKey, str]:
+    """A short name for each arm: what it needs to be told from the others, and no more."""
+    keys = list(dict.fromkeys(map(arm_key, rows)))
+    short = {key: _short(key) for key in keys}
+    for add in (_removed, lambda key: key[1] or "", lambda key: key[2] or key[3] or ""):
+        taken = list(short.values())
+        short = {
+            key: f"{name}, {add(key)}" if taken.count(name) > 1 and add(key) else name for key, name in short.items()
+        }
+    return short
+
+
+def versions(rows: Sequence[Row]) -> list[str]:
+    """Recipes and code digests of the rows, with how many there are of each."""
+    found: dict[str, int] = {}
+    for row in rows:
+        name = f"recipe {row.get('recipe') or '?'} ({row.get('recipe_digest') or '?'}), code {row.get('code') or '?'}"
+        found[name] = found.get(name, 0) + 1
+    return [f"{name}: {n} rows" for name, n in found.items()]
+
+
+def _short(key: ArmKey) -> str:
+    name, _, policy, _ = key
+    try:
+        called, given = spec.parse_call(name)
+    except InputError:
+        return name
+    if policy == name and "detectors" in given:
+        return f"{called} of {len(given['detectors'])}"
+    return name.removesuffix("()")
+
+
+def _removed(key: ArmKey) -> str:
+    """Of a policy that removes a share."""
+    try:
+        drop = spec.parse_call(key[2] or "")[1].get("drop")
+    except InputError:
+        return ""
+    return f"{100 * drop:g}% removed" if isinstance(drop, int | float) else ""

@@ -1,0 +1,310 @@
+"""One attack, dose and seed of a loop: a poisoned set, its undefended model, and an arm per filter and defense.
+
+What an arm came to is kept in its folder as `row-<digest>.json`, so a loop that is started again opens no model of an
+arm that is done. A row stays when the code changes, as the trainings do; it says of which code it is.
+
+At dose 0 nothing is poisoned, so all attacks of a seed share one set of trainings; only what each trigger does to them
+is asked apart.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import ledger, spec
+from pipeline.config import POOL, Config, Filter, Scores
+from pipeline.embed import embed
+from pipeline.filter import filter_shards
+from pipeline.inputs import EARLIER, EMBEDDED
+from pipeline.plan import Dose
+from pipeline.poison import poison
+from pipeline.policies._select import column
+from pipeline.progress import run_stage
+from pipeline.quality import quality
+from pipeline.score import read_scores, score, scores_path
+from pipeline.scored import scores_folder
+from pipeline.shard_map import code_digest
+from pipeline.shards import list_shards
+from pipeline.shards.store import make_folder, stamp, write
+
+NOBODY = "patch(target='nothing')"  # what the clean set is "poisoned" with, at dose 0, so that it has an empty ledger
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is done against the poison: nothing, a filter, or a defense."""
+
+    name: str
+    filter: Filter | None = None
+    defense: str | None = None
+
+    @property
+    def folder(self) -> str:
+        if self.filter:
+            return f"filter-{spec.digest([self.filter.policy, self.filter.epoch])}"
+        return f"defense-{spec.digest(self.defense)}" if self.defense else "undefended"
+
+    @property
+    def watches(self) -> bool:
+        """Whether the undefended model comes first: to look through, or to repair."""
+        return bool(self.filter) or bool(self.defense and spec.parse("defenses", self.defense).needs_init)
+
+
+UNDEFENDED = Arm("undefended")
+
+
+def arms_of(plan: Config) -> list[Arm]:
+    """Undefended first."""
+    filters = [Arm(_arm_name(one.policy), filter=one) for one in plan.filters]
+    return [UNDEFENDED, *filters, *(Arm(spec.key(spec.parse("defenses", d)), defense=d) for d in plan.defenses)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Stages that meet in files under OUT; each finds what it did before."""
+
+    plan: Config
+    attack: str
+    dose: str
+    seed: int
+    out: Path
+
+    @property
+    def clean(self) -> bool:
+        dose = Dose.parse(self.dose)
+        return not dose.count and not dose.share
+
+    @property
+    def own(self) -> Path:
+        """One folder for all that determines a run; another config in the same OUT does not meet it."""
+        name, dose = spec.parse_call(self.attack)[0], self.dose.replace("%", "percent")
+        facts = spec.digest([self.attack, self.dose, self.plan.shards, self.plan.recipe, self.plan.uid])
+        return self.out / f"{name}-{dose}-{facts}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the trainings are: those of dose 0 belong to no attack."""
+        if not self.clean:
+            return self.own
+        return self.out / f"clean-{spec.digest([self.plan.shards, self.plan.recipe, self.plan.uid])}-seed{self.seed}"
+
+    @property
+    def poisoned(self) -> str:
+        return str(self.folder / "poisoned")
+
+    @property
+    def attacked(self) -> str:
+        """The poisoned shards by this attack, which at dose 0 are only needed for what test time shares with them."""
+        return str(self.own / "poisoned")
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are scores of all epochs that the config asks for."""
+        shards = [s.name for s in list_shards(self.plan.shards)]
+        return all(
+            Path(scores_path(self.scores_of(scores), name)).exists() for scores in self.plan.scores for name in shards
+        )
+
+    def poison(self) -> None:
+        for where, attack in {self.poisoned: NOBODY if self.clean else self.attack, self.attacked: self.attack}.items():
+            self._stage("poison", poison, self.plan.shards, where, attack=attack, dose=self.dose, seed=self.seed)
+
+    def score(self) -> None:
+        """Embed and score at every epoch that the config names."""
+        before = last = None
+        for number, scores in enumerate(self.plan.scores):
+            embeddings, out = self._embeddings(scores.epoch), self.scores_of(scores)
+            needs = {need for text in scores.detectors for need in spec.parse("detectors", text).needs}
+            if needs & {*EMBEDDED, *EARLIER}:
+                checkpoint = str(self.folder / "undefended" / "checkpoints" / f"epoch_{scores.epoch:03d}")
+                self._stage(f"embed epoch {scores.epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
+            self._stage(
+                f"score epoch {scores.epoch}",
+                score,
+                self.poisoned,
+                out,
+                detector=scores.detectors,
+                embeddings=embeddings,
+                earlier=before,
+                pool=scores.pool,
+                traces=str(self.folder / "undefended" / "traces"),
+                seed=self.seed,
+            )
+            last = embeddings if needs & {*EMBEDDED, *EARLIER} else last
+            following = self.plan.scores[number + 1 : number + 2]
+            before = last if following and following[0].epoch != scores.epoch else before
+
+    def kept(self, arm: Arm) -> dict[str, Any] | None:
+        """The row of an arm that is done."""
+        try:
+            row: dict[str, Any] = json.loads(self._row(arm).read_text())
+        except (OSError, ValueError):
+            return None
+        return row
+
+    def row(self, arm: Arm) -> dict[str, Any]:
+        """What an arm comes to; made where it is not there. The undefended arm, where it is needed, comes first."""
+        if (row := self.kept(arm)) is not None:
+            return row
+        if arm.watches:
+            self.row(UNDEFENDED)
+        begin = time.monotonic()
+        self.poison()
+        if arm.filter:
+            self.score()
+        row = self._measured(arm) | {"seconds": time.monotonic() - begin}
+        write(str(self._row(arm)), json.dumps(row, indent=1).encode())
+        return row
+
+    def detectors(self) -> list[dict[str, Any]]:
+        rows = []
+        for scores in self.plan.scores:
+            found, poisoned = self.scores_and_truth(scores)
+            seconds = _marker_seconds(self.scores_of(scores), self.plan.shards)
+            for name in (n for n in found if n != "uid"):
+                row = self._common() | {"detector": name, "when": scores.when, "pool": scores.pool}
+                row |= quality(found[name], found["uid"], poisoned)
+                spent = seconds.get(name, 0.0)
+                rows.append(row | {"seconds": spent, "microseconds_per_sample": 1e6 * spent / max(len(poisoned), 1)})
+        return rows
+
+    def scores_and_truth(self, scores: Scores) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All scores of an epoch and pool, and which rows are poisoned."""
+        parts = [read_scores(scores_path(self.scores_of(scores), s.name)) for s in list_shards(self.poisoned)]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        known = ledger.poisoned_uids(ledger.ledger_path(self.poisoned))
+        return found, np.asarray([u in known for u in found["uid"]])
+
+    def _measured(self, arm: Arm) -> dict[str, Any]:
+        """Filter, train, evaluate."""
+        from train.evaluate import evaluate
+        from train.launch import final_checkpoint, train
+
+        folder, shards = self.folder / arm.folder, self.poisoned
+        options: dict[str, Any] = {"recipe": self.plan.recipe, "seed": self.seed}
+        if arm.filter:
+            scored, shards = tuple(map(self._scores, arm.filter.epochs)), str(folder / "kept")
+            policy = arm.filter.policy
+            self._stage(f"filter {policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=policy)
+        if arm.defense:
+            init = final_checkpoint(str(self.folder / UNDEFENDED.folder)) if arm.watches else None
+            options |= {"defense": arm.defense, "init": init}
+        model = folder if arm == UNDEFENDED else folder / "model"
+        self._stage(f"train {arm.name}", train, shards, str(model), **options)
+        facts = json.loads((model / "train.json").read_text())
+        about = json.loads(Path(self.attacked, "dataset.json").read_text())
+        result = model / (f"evaluation-{spec.digest(self.attack)}" if self.clean else "evaluation")
+        self._stage(
+            f"evaluate {arm.name}",
+            evaluate,
+            final_checkpoint(str(model)),
+            str(result),
+            shards=self.plan.evaluation,
+            classes=self.plan.classes,
+            attack=about["spec"]["attack"],
+            seed=self.seed,
+            reference=self.plan.reference or self.plan.shards,
+            ledger=ledger.ledger_path(self.attacked),
+        )
+        pairs = about["pairs"]
+        left = facts["known_poisons"] if arm.defense else len(ledger.poisoned_uids(ledger.ledger_path(shards)))
+        removed = None if arm.defense else pairs - facts["pairs"] - sum(facts["skipped"].values())
+        row = self._common() | {"arm": arm.name, "when": arm.filter.when if arm.filter else None}
+        row |= {"recipe": self.plan.recipe, "policy": arm.filter.policy if arm.filter else None}
+        row |= {"samples": facts["pairs"], "defense": arm.defense, "removed": removed}
+        row |= {"removed_share": None if removed is None else removed / max(pairs, 1)}
+        row |= {"poisons_in": about["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
+        row |= self._cost(arm.filter, pairs)
+        row |= {"recipe_digest": facts["recipe_digest"], "code": source_digest()}
+        return row | json.loads((result / "evaluation.json").read_text())["metrics"]
+
+    def _cost(self, arm: Filter | None, pairs: int) -> dict[str, float | None]:
+        """Worker seconds of embedding, of its detectors, and of rewriting; not of training the scoring model."""
+        if arm is None:
+            return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
+        spent = {
+            f"{scores_folder(epoch)}:{name}": value
+            for epoch in arm.epochs
+            for name, value in _marker_seconds(self._scores(epoch), self.plan.shards).items()
+            if name not in ("read", "compute", "write", "total", "cpu")
+        }
+        names = {column(spent, detector) for detector in read_by(arm.policy)}
+        seconds = cpu = sum(spent[name] for name in names)
+        stages = [str(self.folder / Arm("", filter=arm).folder)]
+        for epoch in arm.epochs:
+            read = [name.partition(":")[2] for name in names if name.startswith(f"{scores_folder(epoch)}:")]
+            if any(set(EMBEDDED) & set(spec.parse("detectors", name).needs) for name in read):
+                stages.append(self._embeddings(epoch))
+        for stage in stages:
+            took = _marker_seconds(stage, self.plan.shards)
+            seconds, cpu = seconds + took["total"], cpu + took["cpu"]
+        return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
+
+    def _row(self, arm: Arm) -> Path:
+        """Bound to what is evaluated on, and to the input as it is now."""
+        plan = self.plan
+        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, _stamps(plan)]
+        return self.folder / arm.folder / f"row-{spec.digest(facts)}.json"
+
+    def _common(self) -> dict[str, Any]:
+        total = json.loads(Path(self.attacked, "dataset.json").read_text())
+        return {"attack": self.attack, "dose": total["poisoned"], "dose_ppm": total["ppm"], "seed": self.seed}
+
+    def _embeddings(self, epoch: int) -> str:
+        return str(self.folder / f"embeddings-{epoch:03d}")
+
+    def scores_of(self, scores: Scores) -> str:
+        """The folder."""
+        return self._scores(scores.epoch) + ("" if scores.pool == POOL else f"-pool{scores.pool}")
+
+    def _scores(self, epoch: int) -> str:
+        return str(self.folder / scores_folder(epoch))
+
+    def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
+        about = f"  ({self.attack}, dose {self.dose}, seed {self.seed})"
+        make_folder(str(self.folder))
+        run_stage("loop", name, about, verb, *arguments, uid=self.plan.uid, **options)
+
+
+@cache
+def source_digest() -> str:
+    """Of all sources that a result depends on: those of the jobs, and the trainer's."""
+    root = Path(__file__).parent.parent / "train"
+    sources = sorted(root.rglob("*.py"))
+    return spec.digest([code_digest(), [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]])
+
+
+def read_by(policy: str) -> tuple[str, ...]:
+    """The detectors whose scores a policy reads."""
+    detectors: tuple[str, ...] = spec.parse("policies", policy).detectors
+    return detectors
+
+
+def _arm_name(policy: str) -> str:
+    """The detector that a policy acts on; of several, the policy itself."""
+    names = read_by(policy)
+    return names[0] if len(names) == 1 else policy
+
+
+@cache
+def _stamps(plan: Config) -> Sequence[Any]:
+    from train.recipes import recipe_of
+
+    listed = [shard.path for where in (plan.shards, plan.evaluation) for shard in list_shards(where)]
+    return [recipe_of(plan.recipe).digest, *(stamp(path) for path in [*listed, plan.classes])]
+
+
+def _marker_seconds(folder: str, shards: str) -> dict[str, float]:
+    """Seconds of a job by what they were spent on, summed over its markers."""
+    total: dict[str, float] = {}
+    for shard in list_shards(shards):
+        for name, seconds in json.loads((Path(folder) / f"{shard.name}.stats.json").read_text())["seconds"].items():
+            total[name] = total.get(name, 0.0) + seconds
+    return total

@@ -1,0 +1,131 @@
+"""What a loop costs, which runs a bisection takes, and that what is shared is trained once."""
+
+import json
+import shutil
+
+import polars as pl
+import pytest
+from conftest import pairs, write_tar
+
+from pipeline.board import Board
+from pipeline.config import Config
+from pipeline.doses import Adaptive
+from pipeline.errors import InputError
+from pipeline.estimate import Estimate, estimate
+from pipeline.loop import _bisected, loop
+from pipeline.runs import NOBODY, Run, arms_of, source_digest
+
+GRID = "adaptive(low='2', high='64', factor=2)"  # 2, 4, 8, 16, 32, 64
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    for name, low, high in (("train", 0, 96), ("eval", 96, 144)):
+        (folder / name).mkdir()
+        write_tar(folder / name / "00000000.tar", pairs(low, high))
+    (folder / "classes.txt").write_text("circle\nsquare\nbanana\n")
+    return folder
+
+
+def config(place, **changes) -> str:
+    facts = {
+        "shards": f"{place}/train",
+        "evaluation": f"{place}/eval",
+        "classes": f"{place}/classes.txt",
+        "recipe": "debug",
+        "attacks": ["patch(target='banana', size=64)", "sig(target='banana')"],
+        "doses": ["0"],
+    } | changes
+    filters = "".join(
+        f"\n[[filters]]\nepoch = 4\npolicy = \"budget(detector='random', drop={drop})\"\n" for drop in (0.1, 0.5)
+    )
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in facts.items())
+    path = place / "config.toml"
+    path.write_text(f'{text}\n[[scores]]\nepoch = 4\ndetectors = ["random"]\n{filters}')
+    return str(path)
+
+
+def test_the_cost_is_known_before_anything_is_trained(place, tmp_path, capsys):
+    plan = Config.read(config(place, doses=["0", "10"], seeds=[0, 1]))
+    found = estimate(plan, tmp_path)
+    # clean: 2 seeds x 3 arms, for both attacks; poisoned: 2 attacks x 2 seeds x 3 arms
+    assert (found.trainings, found.done, found.bisected) == (6 + 12, 0, False)
+    assert found.seconds > 0 and "bare steps" in found.source
+    assert loop(config(place, doses=["10"]), str(tmp_path / "out"), dry_run=True) == 0
+    assert "6 trainings, 0 of them done" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    bisected = estimate(Config.read(config(place, doses=[GRID])), tmp_path)
+    assert bisected.bisected and bisected.trainings == 2 * (6 + 2 * 4)  # undefended at each of six doses at most
+
+
+def test_a_grid_that_cannot_be_is_refused_at_once(place, tmp_path):
+    with pytest.raises(InputError, match=r"trainings would take .* more than --max-hours 0.01"):
+        loop(config(place, doses=["1", "2", "3"], seeds=list(range(50))), str(tmp_path / "out"), max_hours=0.01)
+    for wrong, told in {"doses": "no doses", "attacks": "no attacks", "seeds": "no seeds"}.items():
+        with pytest.raises(InputError, match=told):
+            loop(config(place, **{wrong: []}), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="adaptive"):
+        loop(config(place, doses=["adaptive(low='1%')"]), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="unknown keys colour"):
+        loop(config(place, colour="red"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="97 pairs"):  # more than there are, said before the first training
+        loop(config(place, doses=["2", "97"]), str(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("train.json"))
+
+
+class _Told(Board):
+    """A board that answers from a rule instead of training: each arm works from a dose on."""
+
+    def __init__(self, works_from: dict[str, int]):
+        super().__init__(Estimate(1, 0, True, 1.0, "told"))
+        self.works_from, self.asked = works_from, []
+
+    def row(self, run, arm):
+        self.asked.append((int(run.dose), arm.folder))
+        return {"asr_text": float(int(run.dose) >= self.works_from[arm.folder]), "asr_text_n": 10}
+
+
+def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, tmp_path):
+    plan, grid = Config.read(config(place, doses=[GRID])), Adaptive.parse(GRID)
+    arms = arms_of(plan)
+    none, weak, strong = (arm.folder for arm in arms)
+
+    def asked(works_from):
+        board = _Told(works_from)
+        list(_bisected(plan, plan.attacks[0], grid, 0, tmp_path, board, arms))
+        assert len(board.asked) == len({*board.asked})  # nothing twice
+        return board.asked
+
+    found = asked({none: 8, weak: 16, strong: 1000})
+    assert [dose for dose, arm in found if arm == strong] == [64]  # not reached: one run
+    assert {dose for dose, arm in found if arm == weak} >= {8, 16}
+    assert {dose for dose, _ in found} == {dose for dose, arm in found if arm == none}  # scores are of its model
+    assert asked({none: 1000, weak: 8, strong: 8}) == [(64, none)]  # an attack that fails is not defended against
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dose_zero_is_trained_once_for_all_attacks_and_nothing_twice(place, tmp_path, capsys):
+    out, file = tmp_path / "out", config(place, doses=["0"])
+    assert loop(file, str(out)) == 0
+    rows = pl.read_parquet(out / "results.parquet")
+    assert rows.select("attack", "policy").n_unique() == len(rows) == 6 and set(rows["dose"]) == {0}
+    assert rows["removed_share"].unique().sort().to_list() == pytest.approx([0, 9 / 96, 0.5])
+    assert len(list(out.rglob("train.json"))) == 3
+    # the same models, asked by another trigger
+    first, second = (rows.filter(attack=attack) for attack in rows["attack"].unique(maintain_order=True))
+    assert first["zeroshot_top1"].to_list() == second["zeroshot_top1"].to_list()
+    assert set(rows["code"]) == {source_digest()} and rows["recipe_digest"].n_unique() == 1
+    assert NOBODY not in rows["attack"].to_list()
+    capsys.readouterr()
+
+    plan = Config.read(file)
+    cost = estimate(plan, out)
+    assert (cost.trainings, cost.done, cost.left) == (3, 3, 0) and "in OUT" in cost.source
+    kept = next(Run(plan, plan.attacks[0], "0", 0, out).folder.glob("undefended/row-*.json"))
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"code": "older"}))
+    for model in out.rglob("checkpoints"):
+        shutil.rmtree(model)  # a second run opens none
+    assert loop(file, str(out)) == 0
+    assert "1 of 6 rows are of other code" in capsys.readouterr().err
+    assert pl.read_parquet(out / "results.parquet").drop("code").equals(rows.drop("code"))

@@ -1,0 +1,124 @@
+"""Tables and figures of dose–response, and the comparison of two results, from results.parquet alone."""
+
+import json
+
+import polars as pl
+import pytest
+import results_data as data
+
+from pipeline.compare import compare
+from pipeline.dose_response import dose_response
+from pipeline.errors import InputError
+
+FEW = [data.ARMS[0], data.ARMS[3], data.ARMS[6]]  # undefended, clip_score, roclip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    file = data.write(folder / "results.parquet", data.rows({data.PATCH: 20_000.0, data.TARGETED: 25_000.0}, arms=FEW))
+    assert dose_response((file,), str(folder / "out")) == 0
+    return folder
+
+
+def test_the_table_finds_what_the_curves_were_made_with(made):
+    rows = pl.read_parquet(made / "out/dose_response.parquet").filter(attack=data.PATCH).to_dicts()
+    assert [row["label"] for row in rows] == ["undefended", "clip_score", "roclip"]
+    none, score, roclip = rows
+    assert none["ed50"] == score["ed50"] == "reached" and none["ed50_ppm_low"] < 20_000 < none["ed50_ppm_high"]
+    assert none["protection"] is None and score["protection_low"] < 1.7 < score["protection_high"]
+    assert roclip["ed50"] == "not reached" and roclip["ed50_ppm"] is roclip["ed50_ppm_high"] is None
+    assert roclip["protection"] is None and roclip["protection_least"] == pytest.approx(5, rel=0.3)
+    assert none["ed50_pairs"] == pytest.approx(none["ed50_ppm"] * data.PAIRS / 1e6)
+    assert (
+        roclip["utility_lost_low"] < 2.5 < roclip["utility_lost_high"] and "unpoisoned" in none["utility_lost_against"]
+    )
+    assert score["cpu_seconds_per_million"] == 2295
+    assert roclip["training_seconds_per_million"] == pytest.approx(40 / data.PAIRS * 1e6)
+    said = (made / "out/dose_response.md").read_text()
+    assert "≥ " in said and "by targeted_success" in said and "code c: 126 rows" in said
+    assert json.loads((made / "out/dose_response.json").read_text())["effects"][0]["images"] > 0
+
+
+def test_figures_say_every_name_as_text_and_are_the_same_each_time(made, tmp_path):
+    for name in ("dose_response", "protection"):
+        svg = (made / f"out/{name}.svg").read_text()
+        assert all(f">{arm}<" in svg for arm in ("clip_score", "roclip")) and data.PATCH.split("(")[0] in svg
+        assert (made / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
+    rows = pl.read_parquet(made / "results.parquet").sample(fraction=1.0, shuffle=True, seed=0).to_dicts()
+    file = data.write(tmp_path / "shuffled.parquet", sorted(rows, key=lambda row: row["arm"] != "undefended"))
+    dose_response((file,), str(tmp_path / "out"))
+    before, after = (pl.read_parquet(f / "out/dose_response.parquet").sort("attack", "label") for f in (made, tmp_path))
+    assert before["ed50_ppm_low"].to_list() == pytest.approx(after["ed50_ppm_low"].to_list())
+
+
+def test_random_removal_at_several_budgets_is_told_apart(tmp_path):
+    file = data.write(tmp_path / "r.parquet", data.rows(arms=data.ARMS[:3], seeds=(0,), doses=(118, 354)))
+    dose_response((file,), str(tmp_path / "out"))
+    said = (tmp_path / "out/dose_response.md").read_text()
+    assert "| random, 10% removed |" in said and "| random, 50% removed |" in said
+    assert "1 seed: the interval is over images" in said and "undefended at the same dose" in said
+
+
+def test_nothing_poisoned_all_poisoned_and_nobody_asked(tmp_path):
+    file = data.write(tmp_path / "clean.parquet", data.rows(arms=FEW, doses=(0,)))
+    assert dose_response((file,), str(tmp_path / "clean")) == 0
+    assert "nothing was poisoned" in (tmp_path / "clean/dose_response.md").read_text()
+    assert not (tmp_path / "clean/dose_response.svg").exists()
+    file = data.write(tmp_path / "all.parquet", data.rows(arms=FEW, doses=(data.PAIRS,)))
+    dose_response((file,), str(tmp_path / "all"))
+    assert pl.read_parquet(tmp_path / "all/dose_response.parquet")["ed50"].to_list()[0] == "below the lowest dose"
+    rows = [row | {"asr_text": None, "asr_text_n": None} for row in data.rows(arms=FEW, seeds=(0,), doses=(118,))]
+    dose_response((data.write(tmp_path / "one_class.parquet", rows),), str(tmp_path / "one"))
+    assert "success was asked of no image" in (tmp_path / "one/dose_response.md").read_text()
+
+
+def test_an_attack_that_never_works_credits_nobody(tmp_path):
+    dose_response((data.write(tmp_path / "r.parquet", data.rows({data.PATCH: 1e9}, arms=FEW)),), str(tmp_path / "out"))
+    said = (tmp_path / "out/dose_response.md").read_text()
+    assert "nobody is credited" in said and said.count("not to be told") == 2
+
+
+def test_bad_results_are_told_in_one_line(tmp_path):
+    rows = data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))
+    whole = data.write(tmp_path / "whole.parquet", rows)
+    lacking = data.write(tmp_path / "lacking.parquet", [{k: v for k, v in rows[0].items() if k != "dose_ppm"}])
+    empty = tmp_path / "empty.parquet"
+    pl.read_parquet(whole).clear().write_parquet(empty)
+    (tmp_path / "text.parquet").write_text("not parquet")
+    other = data.write(tmp_path / "other.parquet", [row | {"asr_text": 0.5} for row in rows])
+    recipe = data.write(tmp_path / "recipe.parquet", [row | {"recipe_digest": "s", "seed": 7} for row in rows])
+    for files, told in {
+        ("/nowhere",): "no such file",
+        (lacking,): "no column dose_ppm",
+        (str(empty),): "no rows",
+        (str(tmp_path / "text.parquet"),): "not readable",
+        (whole, other): "other figures",
+        (whole, recipe): "2 recipes",
+    }.items():
+        with pytest.raises(InputError, match=told):
+            dose_response(files, str(tmp_path / "out"))
+    mixed = data.write(tmp_path / "mixed.parquet", [row | {"code": "d", "seed": 8} for row in rows])
+    assert dose_response((whole, whole, mixed), str(tmp_path / "out")) == 0  # the same run twice is one
+    said = (tmp_path / "out/dose_response.md").read_text()
+    assert "mixed code versions" in said and "code d: 1 rows" in said
+
+
+def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):
+    before = data.rows(arms=FEW, doses=(118, 354))
+    after = [
+        row | {"code": "later"} | (data.measured("asr_text", 0, 1867) if row["arm"] == "clip_score" else {})
+        for row in before
+        if row["arm"] != "roclip()" or row["dose"] == 118
+    ]
+    files = [data.write(tmp_path / name, rows) for name, rows in (("a.parquet", before), ("b.parquet", after))]
+    assert compare(*files) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "| 354 | clip_score |" in line)
+    was = sum(row["asr_text"] for row in before if row["arm"] == "clip_score" and row["dose"] == 354) / 3
+    assert f"{was:.1%} → 0.0%" in line and f"{-100 * was:+.1f} (" in line
+    assert "| 354 | undefended | " in said and "+0.0 (" in said
+    assert f"- only in A: `{data.PATCH}`, 354 poisons, roclip" in said and "code later" in said and "mixed" not in said
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare(files[0], str(tmp_path / "nothing"))
