@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.shards import UidRule
 from pipeline.spec import fits, type_name
+from train.readouts import ReadoutName
 
 POOL = 16384  # as `score` has it
 
@@ -59,6 +60,7 @@ class Config:
     A dose is one of `poison`, or `adaptive(low='0.3%', high='10%', factor=1.5)`: a bisection for each attack, arm and
     seed.
     `defenses` are specs, an arm each; those that repair a model are given the undefended one.
+    `readouts` are those of `evaluate`; the linear probe takes longer than a small training.
     """
 
     shards: str
@@ -72,6 +74,7 @@ class Config:
     recipe: str = "demo"
     seeds: tuple[int, ...] = (0,)
     reference: str = ""
+    readouts: tuple[ReadoutName, ...] = ("knn", "prototypes")
     uid: UidRule = "key"
     title: str = "Poison, filter, train again"
 

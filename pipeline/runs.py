@@ -212,6 +212,7 @@ class Run:
             seed=self.seed,
             reference=self.plan.reference or self.plan.shards,
             ledger=ledger.ledger_path(self.attacked),
+            readouts=self.plan.readouts,
         )
         pairs = about["pairs"]
         left = facts["known_poisons"] if arm.defense else len(ledger.poisoned_uids(ledger.ledger_path(shards)))
@@ -250,7 +251,7 @@ class Run:
     def _row(self, arm: Arm) -> Path:
         """Bound to what is evaluated on, and to the input as it is now."""
         plan = self.plan
-        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, _stamps(plan)]
+        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
         return self.folder / arm.folder / f"row-{spec.digest(facts)}.json"
 
     def _common(self) -> dict[str, Any]:

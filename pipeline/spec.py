@@ -164,4 +164,6 @@ def type_name(hint: Any) -> str:
     """The annotated type in words."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {type_name(typing.get_args(hint)[0])}"
     return getattr(hint, "__name__", str(hint))

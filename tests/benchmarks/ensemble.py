@@ -19,8 +19,8 @@ from pipeline import ledger, spec
 from pipeline.calibrate import collect
 from pipeline.choice import Canaries, Rule
 from pipeline.config import Config
-from pipeline.loop import Run, _folder
 from pipeline.policies._select import column
+from pipeline.runs import Run
 from pipeline.scored import Scored
 from pipeline.shards import list_shards
 from train.metrics import wilson
@@ -66,8 +66,8 @@ def main(config: str, out: str, *calibrations: str) -> None:
 
 def _table(plan: Config, attack: str, seed: int, out: str) -> Canaries:
     (dose,) = plan.doses
-    run = Run(plan, attack, dose, seed, _folder(plan, attack, dose, seed, out))
-    scored = Scored(tuple(run._scores(scores.epoch) for scores in plan.scores))
+    run = Run(plan, attack, dose, seed, Path(out).absolute())
+    scored = Scored(tuple(run.scores_of(scores) for scores in plan.scores))
     poisons = ledger.poisoned_uids(ledger.ledger_path(run.poisoned))
     return collect(scored, list_shards(run.poisoned), dict.fromkeys(poisons, spec.innermost(attack)), seed)
 
