@@ -66,8 +66,8 @@ def _values() -> np.ndarray:
     """float64[65536]: the middle of what has these upper bits, NaN and infinities aside."""
     bits = np.arange(_DIGITS, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)
     negative = bits >> np.uint32(31) == 0
-    values = np.where(negative, ~bits, bits & np.uint32(0x7FFFFFFF)).view(np.float32).astype(np.float64)
-    return np.where(np.isnan(values), np.inf, values)
+    values = np.where(negative, ~bits, bits & np.uint32(0x7FFFFFFF)).view(np.float32)
+    return np.where(np.isnan(values), np.float32(np.inf), values).astype(np.float64)
 
 
 def spreads(scores: Mapping[str, np.ndarray]) -> dict[str, Spread]:
