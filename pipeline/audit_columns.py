@@ -18,7 +18,7 @@ from pipeline import sidecars
 from pipeline.columns import read_columns
 from pipeline.errors import InputError
 from pipeline.inputs import EMBEDDED, Inputs
-from pipeline.metadata import FORMATS, list_metadata, read
+from pipeline.metadata import list_metadata, read
 from pipeline.scored import Scored
 from pipeline.shard_map import check_made_from
 from pipeline.shards import Counts, Shard, UidRule, list_shards, manifest
@@ -57,10 +57,11 @@ def list_inputs(where: str) -> tuple[list[Shard], bool]:
         return [Shard(path) for path in list_metadata(where)], True
     try:
         shards = list_shards(where)
-    except InputError:
-        if where.endswith(FORMATS):
-            raise
-        return [Shard(path) for path in list_metadata(where)], True
+    except InputError as error:
+        try:
+            return [Shard(path) for path in list_metadata(where)], True
+        except InputError:
+            raise error from None
     tables = [shard for shard in shards if shard.format == "parquet" and not _has_images(shard)]
     if tables and len(tables) < len(shards):
         raise InputError(f"{tables[0].path} has no images, other shards have; audit them apart")
@@ -140,9 +141,12 @@ def _arrow(values: np.ndarray) -> Any:
 def _canonical(table: Any) -> Any:
     """The columns of OF_METADATA but the domain, nulls where the table has none."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     n, have = len(table), table.column_names
     texts = {name: table.column(name) if name in have else pa.nulls(n, pa.string()) for name in ("uid", "caption")}
+    blank = pc.match_substring_regex(texts["caption"], r"^\s*$")
+    texts["caption"] = pc.if_else(blank, pa.scalar(None, pa.string()), texts["caption"])  # as of a shard
     url = table.column("url").fill_null("") if "url" in have else pa.array([""] * n, pa.string())
     numbers = {
         name: table.column(name).to_numpy().astype(np.float32) if name in have else np.full(n, np.nan, np.float32)

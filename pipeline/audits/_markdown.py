@@ -7,7 +7,8 @@ from pipeline.report.text import one_line
 
 MOST = 3  # examples of a finding
 MARKS = {"severe": "🔴", "warning": "🟠", "note": "🔵", "clean": "🟢"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~@:-])")  # @ names people, : makes links
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~:-]|(?<=www)\.)")  # the last two make links
+_AT = "\uff20"  # names nobody: a forge looks for people after it has taken escapes out
 
 
 def markdown(audited: Audited) -> str:
@@ -45,7 +46,7 @@ def share(finding: Finding) -> str:
 
 def plain(text: str) -> str:
     """One line in which nothing is markup."""
-    return _SPECIAL.sub(r"\\\1", one_line(text, 1_000))
+    return _SPECIAL.sub(r"\\\1", one_line(text, 1_000)).replace("@", _AT)
 
 
 def _section(finding: Finding) -> list[str]:

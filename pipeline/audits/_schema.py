@@ -156,7 +156,7 @@ def verdict(findings: tuple[Finding, ...], unseen: tuple[Unseen, ...]) -> Verdic
     """Of findings in order."""
     counts: dict[str, int] = {level: sum(f.severity == level for f in findings) for level in SEVERITIES}
     told = [f"{n} {name}{'s' * (n > 1 and name != 'severe')}" for name, n in counts.items() if n]
-    sentence = f"{', '.join(told)}. {findings[0].title}" if findings else "Nothing was found."
+    sentence = f"{', '.join(told)}. {findings[0].title}." if findings else "Nothing was found."
     if unseen:
         sentence += f" {len(unseen)} audit{'s' * (len(unseen) > 1)} could not look."
     worst: Any = next((level for level in SEVERITIES if counts[level]), "clean")

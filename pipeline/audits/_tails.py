@@ -5,7 +5,8 @@ number of pairs is 65,536 counts. The fence is Tukey's outer one (1977), Q3 + 3 
 normal distribution crosses; skewed scores cross it without malice.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +95,7 @@ def mark_tails(rows: Rows, scores: Mapping[str, np.ndarray], whole: dict[str, Sp
 def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str, source: str) -> Report:
     """A finding and a histogram for each score, and a table of all."""
     out, rows = Report(), []
-    for number, (name, spread) in enumerate(sorted(whole.items())):
+    for name, spread in sorted(whole.items()):
         if not spread.n:
             continue
         fence = spread.fence
@@ -107,7 +108,7 @@ def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str,
         heavy = found.height > HEAVY * spread.n
         out.found.append(
             Found(
-                f"tail_{number}",
+                f"tail_{_slug(name, whole)}",
                 "note" if heavy else "warning",
                 f"{found.height:,} of {spread.n:,} pairs are far out in {name}: above {fence:.4g}, the highest "
                 f"{found['value'][0]:.4g}, half of all between {quartiles[0]:.4g} and {quartiles[2]:.4g}",
@@ -124,6 +125,13 @@ def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str,
     table = pl.DataFrame(rows, names, orient="row", infer_schema_length=None)
     out.tables.append(counted(table, audit, "scores", "Scores and their tails", dict(zip(names, names, strict=True))))
     return out
+
+
+def _slug(name: str, among: Iterable[str]) -> str:
+    """The name as part of a file's, its own among these."""
+    short = {one: re.sub(r"\W+", "_", one).strip("_")[:60] for one in among}
+    alike = sorted(one for one in short if short[one] == short[name])
+    return short[name] + (f"_{alike.index(name)}" if len(alike) > 1 else "")
 
 
 def histogram(audit: str, name: str, title: str, spread: Spread) -> Histogram:

@@ -121,7 +121,7 @@ def _of_shards(about: About) -> list[Found]:
         for name, marker in about.made_by.items()
         if marker["out"] != about.pairs[name] or marker["read"] != marker["out"] + marker["dropped"] + marker["failed"]
     ]
-    failed = [f"{name} ({short(why, 120)})" for name, why in about.failed.items()]
+    failed = [short(why, 160) for why in about.failed.values()]
     empty = [name for name, pairs in about.pairs.items() if not pairs]
     all_of, found = len(known | set(missing)), []
     for kind, names, severe, what, why in (

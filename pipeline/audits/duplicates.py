@@ -16,6 +16,7 @@ from filters.image_copies import image_copies
 from filters.image_duplicates import image_duplicates, shared_keys
 from pipeline.audit_columns import Rows
 from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned
+from pipeline.audits._clusters import clustered, marked_by_keys, standing_out
 from pipeline.audits._schema import Unseen
 
 WARNING = 0.3  # of all images: more than what LAION-2B has, which nobody had cleaned
@@ -44,25 +45,30 @@ class duplicates:
         return _Counts(one.n + other.n, copies, image_duplicates().merge(one.near, other.near))
 
     def mark(self, rows: Rows, merged: _Counts) -> Marks:
-        copied = np.flatnonzero(rows.decoded & (image_copies().score(rows, None, merged.copies) >= LEAST))
-        alike = np.flatnonzero(rows.decoded & (image_duplicates().score(rows, None, merged.near) >= LEAST))
-        return pl.concat(
-            [
-                marks(rows, copied, "exact", rows.image_sha256[copied]),
-                marks(rows, alike, "near", commonest(rows.image_hash[alike], merged.near)),
-            ]
+        copied = np.flatnonzero(
+            rows.decoded & (image_copies().score(rows, None, merged.copies) >= standing_out(merged.copies, LEAST))
         )
+        whole = np.flatnonzero(rows.decoded)
+        keys = shared_keys(rows.image_hash[whole])
+        alike = count(merged.near, keys) >= standing_out(merged.near, LEAST)
+        exact = marks(rows, copied, "exact", rows.image_sha256[copied])
+        return pl.concat([exact, marked_by_keys(rows, whole, "near", keys, alike)], how="diagonal")
 
     def report(self, merged: _Counts, marked: Marks, about: About) -> Report:
         if not merged.n:
             remedy = "see the conservation audit for what is wrong with them"
             return Report(unseen=[Unseen("duplicates", "no image can be decoded", remedy)])
         out = Report()
+        least = max(standing_out(merged.copies, LEAST), standing_out(merged.near, LEAST))
+        if least > LEAST:
+            why = f"groups of fewer than {least:,.0f} images do not stand out among {merged.n:,}"
+            out.unseen.append(Unseen("duplicates", why, "audit parts of the shards"))
         for kind, what, how in (
             ("exact", "have the same bytes as another", "sha256"),
             ("near", "look like another", "perceptual hash"),
         ):
-            found = groups(marked, kind, LEAST)
+            own = marked.filter(pl.col("kind") == kind)
+            found = groups(clustered(own) if kind == "near" else own.drop("keys"), kind, LEAST)
             first = found.unique("group", keep="first", maintain_order=True)
             columns = {"size": "images", "group": how, "uid": "one of them", "caption": "its caption"}
             out.tables.append(counted(first, "duplicates", kind, f"Largest groups of images that {what}", columns))
@@ -85,10 +91,3 @@ class duplicates:
                 )
             )
         return out
-
-
-def commonest(image_hash: np.ndarray, sketch: np.ndarray) -> list[str]:
-    """Of each hash uint64[n] the half that most share, by which near duplicates find each other."""
-    keys = shared_keys(image_hash)
-    best = count(sketch, keys).argmax(axis=1) if len(keys) else np.empty(0, np.int64)
-    return [f"{key:016x}" for key in keys[np.arange(len(keys)), best]]

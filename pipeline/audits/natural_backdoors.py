@@ -15,7 +15,8 @@ from filters._captions import normalised, present
 from filters._sketch import added, count, hashed, mixed, sketch
 from filters.image_duplicates import shared_keys
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned, short
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, reasoned, short
+from pipeline.audits._clusters import clustered, marked_by_keys, standing_out
 
 SHARE = 1e-4  # of all pairs: a third of the cakes of CC3M, and the least dose of a backdoor of Carlini & Terzis (2022)
 LEAST = 4  # pairs: three poisons are a targeted attack there, but twins and triplets are in every crawl
@@ -45,13 +46,11 @@ class natural_backdoors:
         usable = np.flatnonzero(rows.decoded & present(rows.caption))
         keys = _keys(rows, usable)
         alike = count(merged.alike, keys)
-        many = alike.max(axis=1, initial=0) >= NOTED
-        best = keys[many][np.arange(many.sum()), alike[many].argmax(axis=1)] if many.any() else []
-        return marks(rows, usable[many], "near_identical", [f"{key:016x}" for key in best])
+        return marked_by_keys(rows, usable, "near_identical", keys, alike >= standing_out(merged.alike, NOTED))
 
     def report(self, merged: _Counts, marked: Marks, about: About) -> Report:
         out = Report()
-        found = groups(marked, "near_identical", NOTED)
+        found = groups(clustered(marked), "near_identical", NOTED)
         severe = pl.col("size") >= max(LEAST, SHARE * merged.n)
         first = found.unique("group", keep="first", maintain_order=True)
         columns = {"caption": "caption", "size": "pairs", "uid": "one of them"}
@@ -64,7 +63,7 @@ class natural_backdoors:
                 Found(
                     "near_identical" if is_severe else "near_identical_few",
                     "severe" if is_severe else "note",
-                    f"{members.height:,} pairs in {many:,} {'clusters show' if many > 1 else 'cluster shows'} nearly "
+                    f"{members.height:,} pairs in {many:,} {'clusters show' if many > 1 else 'cluster show'} nearly "
                     f"the same image under one caption, the largest {members['size'][0]:,} times {largest}",
                     members.height,
                     merged.n,
