@@ -8,6 +8,7 @@ domains are Zipf's too. A second run, which only looks again at columns that are
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def main() -> None:
             make(number, options.rows // options.files).write_parquet(tables / f"{number:05d}.parquet")
         size = sum(file.stat().st_size for file in tables.iterdir())
         command = [sys.executable, "-m", "pipeline.cli", "audit", str(tables), f"{folder}/out"]
-        seconds = []
+        seconds, load = [], os.getloadavg()[0]
         for _ in range(2):
             clock = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
@@ -48,8 +49,9 @@ def main() -> None:
         "input_mb": round(size / 1e6, 1),
         "seconds": seconds[0],
         "again_seconds": seconds[1],
+        "load_before": round(load, 1),  # of other work on the machine; on two cores it should be near 0
         "rows_per_second": round(found["dataset"]["pairs"] / seconds[0]),
-        "peak_mb_of_a_process": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "peak_mb_of_the_driver": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         "audit_json_kb": round(written / 1024),
         "findings": [f"{one['severity']} {one['audit']}-{one['kind']} {one['n']}" for one in found["findings"]],
     }
