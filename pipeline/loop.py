@@ -226,10 +226,9 @@ def _read_by(policy: str) -> tuple[str, ...]:
 def _check(plan: Config) -> None:
     """Everything that can be wrong is found before the first hour is spent."""
     from train.labels import read_classes
-    from train.recipes import RECIPES
+    from train.recipes import recipe_of
 
-    if plan.recipe not in RECIPES:
-        raise InputError(f"recipe {plan.recipe!r}: there are {', '.join(RECIPES)}")
+    recipe = recipe_of(plan.recipe)
     for shards in (plan.shards, plan.evaluation, plan.reference or plan.shards):
         list_shards(shards)
     classes = read_classes(plan.classes)
@@ -239,7 +238,6 @@ def _check(plan: Config) -> None:
                 raise InputError(f"{plan.classes}: {part.target!r}, the target of {attack}, is not among these classes")
     for dose in plan.doses:
         Dose.parse(dose)
-    recipe = RECIPES[plan.recipe]
     kept = [epoch for epoch in range(1, recipe.epochs + 1) if recipe.keeps(epoch)]
     for defense in plan.defenses:
         spec.parse("defenses", defense).by_content()  # that what it names is there

@@ -12,16 +12,18 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import tyro
 
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
-from pipeline.shards import UidRule, list_shards
+from pipeline.shards import Shard, UidRule, list_shards
 from pipeline.shards.store import clear_temporaries, exists, is_folder, is_url, join, make_folder, view, write
 from pipeline.spec import UNDRAWN
 from train.defenses import Defense
@@ -45,6 +47,7 @@ def train(
     seed: int = 0,
     uid: UidRule = "key",
     save_minutes: float = 5.0,
+    validation: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
 ) -> int:
     """Train CLIP on SHARDS under a frozen recipe; writes checkpoints, traces and a loss curve to OUT.
 
@@ -52,17 +55,19 @@ def train(
 
     Args:
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
-        out: local folder for checkpoints/, traces/, curve.parquet and train.json.
-        recipe: what to train and how; `mithridate list recipes` shows them.
+        out: local folder for checkpoints/, traces/, tensorboard/, curve.parquet and train.json.
+        recipe: what to train and how; `mithridate list recipes` shows them. `demo(model='RN50')` trains another of
+            open_clip's models so.
         defense: as a spec; `mithridate list defenses` shows them. One that fine-tunes on trusted pairs takes their
             shards as a parameter, and SHARDS only for what of its poisons leaks into them.
         init: start from this checkpoint (folder, or open_clip:MODEL/PRETRAINED) of the recipe's own model.
         workers: processes that share each batch; 2 and more run on Ray Train, on GPUs where there are any.
         seed: of the first weights, the order and the augmentation.
         uid: how a uid is derived where samples carry none; the same as when the shards were poisoned.
+        validation: held-out shards; checkpoints/best is then the epoch of the least loss on them.
         save_minutes: how much of an epoch a killed run may have to repeat; after each epoch a state is saved anyway.
     """
-    task = prepare(shards, out, recipe=recipe, defense=defense, init=init, seed=seed, uid=uid)
+    task = prepare(shards, out, recipe=recipe, defense=defense, init=init, seed=seed, uid=uid, validation=validation)
     task = replace(task, save_minutes=save_minutes)
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one has to work")
@@ -87,7 +92,15 @@ def train(
 
 
 def prepare(
-    shards: str, out: str, *, recipe: str, defense: str | None, init: str | None, seed: int, uid: UidRule
+    shards: str,
+    out: str,
+    *,
+    recipe: str,
+    defense: str | None,
+    init: str | None,
+    seed: int,
+    uid: UidRule,
+    validation: str | None = None,
 ) -> "Task":
     """Check the arguments; an InputError here costs no time on a cluster."""
     from pipeline.spec import parse, text
@@ -104,6 +117,7 @@ def prepare(
         beside = listed[0].path.rsplit("/", 1)[0]
     ledger = join(beside, "ledger.parquet")
     listed, only = chosen.pairs(listed, ledger, seed)
+    held_out = list_shards(validation) if validation else []
     first = None
     if init:
         from train.model import load
@@ -121,10 +135,11 @@ def prepare(
         "uid": uid,
         "init": first,
         "defense": text(chosen.by_content()) if defense else None,
+        "validation": digest(held_out) if validation else None,
     }
     # Ray's workers start in another folder.
     return Task(
-        tuple(type(s)(_whole(s.path)) for s in listed),
+        _there(listed),
         str(Path(out).resolve()),
         recipe,
         seed,
@@ -134,6 +149,7 @@ def prepare(
         _whole(ledger),
         spec,
         {_whole(path): uids for path, uids in only.items()},
+        validation=_there(held_out),
     )
 
 
@@ -144,6 +160,10 @@ def _absolute(defense: Defense) -> Defense:
     hints = get_type_hints(type(defense), include_extras=True)
     places = [f.name for f in fields(defense) if UNDRAWN in getattr(hints[f.name], "__metadata__", ())]
     return replace(defense, **{name: _whole(getattr(defense, name)) for name in places})
+
+
+def _there(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    return tuple(type(s)(_whole(s.path)) for s in shards)
 
 
 def _whole(path: str) -> str:

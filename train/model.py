@@ -107,41 +107,62 @@ def _shortened(model: Any, length: int) -> Any:
 class SyncedBatchNorm(nn.BatchNorm2d):
     """Batch statistics over all ranks, on any backend: torch's own SyncBatchNorm does not run on CPUs.
 
-    Equal slices on every rank; the sums are taken in float32.
+    Equal slices on every rank; statistics are float32.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         n = x.numel() / x.shape[1] * dist.get_world_size()
-        wide = x.float()
-        sums = _Sum.apply(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))]))
-        mean = sums[0] / n
-        variance = (sums[1] / n - mean.square()).clamp_min(0)
+        out, mean, variance = _Normalised.apply(x, self.weight, self.bias, self.eps, n)
         with torch.no_grad():
             buffers: Any = self  # torch types them as optional
             buffers.num_batches_tracked.add_(1)
             buffers.running_mean.lerp_(mean, buffers.momentum)
             buffers.running_var.lerp_(variance * (n / (n - 1)), buffers.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return out
 
 
-class _Sum(torch.autograd.Function):
-    """all_reduce whose gradient is all_reduced too, as gather_with_grad does it: DDP divides by the world size."""
+class _Normalised(torch.autograd.Function):
+    """Batch norm by torch's own kernels, with the statistics of all ranks: their output, mean and variance.
 
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+    In the backward pass the sums over a channel are those of all ranks, as in gather_with_grad: DDP divides by the
+    world size.
+    """
 
     @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        total = gradients[0].contiguous().clone()
+    def forward(
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, n: float
+    ) -> tuple[torch.Tensor, ...]:
+        own = torch.stack(torch.batch_norm_update_stats(x.float(), None, None, 0.0))
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        means, variances = torch.stack(every).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        context.save_for_backward(x, weight, mean, variance)
+        context.eps, context.n = eps, n
+        out = nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        context.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, variance = context.saved_tensors
+        scale = torch.rsqrt(variance + context.eps)
+        as_if_fixed = torch.ops.aten.native_batch_norm_backward
+        along, of_weight, of_bias = as_if_fixed(
+            gradients[0], x, weight, mean, variance, mean, scale, False, context.eps, [True, True, True]
+        )
+        total = torch.stack([of_weight, of_bias]).float()
         dist.all_reduce(total)
-        return total
+        slope, shift = -weight * scale / context.n * torch.stack([total[0] * scale, total[1]])
+        through = torch.addcmul(_by_channel(shift), x - _by_channel(mean), _by_channel(slope))
+        return (along + through).to(x.dtype), of_weight, of_bias, None, None
+
+
+def _by_channel(values: torch.Tensor) -> torch.Tensor:
+    return values[:, None, None]
 
 
 def synchronise(module: nn.Module) -> None:
@@ -170,14 +191,16 @@ def build(recipe: Recipe, seed: int) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return open_clip.model.CLIP(**recipe.model)
+        config = dict(recipe.model)
+        kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+        return kind(**config)
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
     """open_clip's BPE tokenizer with the recipe's context length: list[str] -> int64 [n, context]."""
     import open_clip
 
-    return open_clip.SimpleTokenizer(context_length=recipe.model["text_cfg"]["context_length"])
+    return open_clip.SimpleTokenizer(context_length=recipe.model["text_cfg"].get("context_length", 77))
 
 
 def save(folder: str, state: Mapping[str, torch.Tensor], recipe: Recipe, origin: Mapping[str, Any]) -> None:

@@ -1,18 +1,19 @@
 """Frozen recipes: everything that is not under test is fixed here, in one table.
 
 Trade-off: a comparison of filters is worth nothing when each was trained a little differently, so a recipe has no
-flags; whoever wants other numbers adds a row under a new name. After DataComp's scale_configs.py (Gadre et al. 2023,
-section 3).
+flags; whoever wants other numbers adds a row under a new name. Only the model may be named with it. After DataComp's
+scale_configs.py (Gadre et al. 2023, section 3).
 This module imports nothing heavy: `mithridate list recipes` answers at once.
 """
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import InputError
-from pipeline.spec import digest
+from pipeline.spec import digest, parse_call
 
 
 def _later(default: Any) -> Any:
@@ -188,8 +189,31 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe_of(name: str) -> Recipe:
-    """The recipe of that name; an unknown name is an InputError that lists the valid ones."""
+def recipe_of(text: str) -> Recipe:
+    """The recipe of that name; `demo(model='RN50')` is the same with a model of open_clip's.
+
+    An unknown name is an InputError that lists the valid ones.
+    """
+    name, changes = parse_call(text)
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}. Valid: {', '.join(RECIPES)}")
-    return RECIPES[name]
+    if not changes:
+        return RECIPES[name]
+    if changes.keys() != {"model"}:
+        raise InputError(f"{text}: a recipe is frozen but for its model, as in {name}(model='ViT-B-32')")
+    return dataclasses.replace(RECIPES[name], model=_of_open_clip(changes["model"]))
+
+
+def _of_open_clip(name: str) -> dict[str, Any]:
+    """The config of a model that open_clip lists, as far as it can be trained from nothing without a hub."""
+    import open_clip
+
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(str(name), open_clip.list_models(), n=3)
+        raise InputError(f"open_clip has no model {name!r}; near it: {', '.join(close) or 'none'}")
+    config = open_clip.get_model_config(name)
+    if "multimodal_cfg" in config or config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name"}:
+        raise InputError(f"{name}: only models with two towers and open_clip's own tokenizer can be trained")
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    return config

@@ -25,7 +25,8 @@ class Towers(nn.Module):
 
     `used` are the token ids in use: only their rows of the embedding are trained, renumbered 0..len(used). A dense
     AdamW step over all 49,408 rows would cost more than the rest of a small model, for rows that get no gradient. They
-    keep their values at the start, where a dense optimiser would only have decayed them.
+    keep their values at the start, where a dense optimiser would only have decayed them. A text tower that is not
+    CLIP's own is trained whole.
     """
 
     def __init__(self, clip: Any, used: np.ndarray | None):
@@ -36,7 +37,7 @@ class Towers(nn.Module):
         self.row_of: torch.Tensor | None
         self.register_buffer("used", None, persistent=False)
         self.register_buffer("row_of", None, persistent=False)
-        if used is not None:
+        if used is not None and hasattr(clip, "token_embedding"):
             self.whole = clip.token_embedding.weight.detach().clone()
             self.used = torch.from_numpy(used.astype(np.int64))
             self.row_of = torch.full((len(self.whole),), -1, dtype=torch.int64)

@@ -11,7 +11,15 @@ import numpy as np
 from pipeline.shards.store import whole
 from train.data import Index
 
-CURVE = {"step": "int32", "epoch": "int32", "loss": "float32", "lr": "float32", "seconds": "float32", "pairs": "int32"}
+CURVE = {
+    "step": "int32",
+    "epoch": "int32",
+    "loss": "float32",
+    "lr": "float32",
+    "seconds": "float32",
+    "pairs": "int32",
+    "validation": "float32",
+}
 
 
 def write_traces(
@@ -43,7 +51,10 @@ def write_traces(
 
 
 def write_curve(path: str, curve: Mapping[str, list[float]]) -> None:
-    """One row a step: step (0-based), epoch (1-based), loss, lr, seconds since the start, pairs of the global batch."""
+    """One row a step: step (0-based), epoch (1-based), loss, lr, seconds since the start, pairs of the global batch.
+
+    `validation` is the loss on held-out pairs, at the last step of an epoch and where there are such; NaN elsewhere.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from tensorboardX import SummaryWriter
 from torch import nn
 
 from pipeline.errors import InputError
@@ -34,6 +35,7 @@ from train.recipes import Recipe, recipe_of
 from train.state import Seen
 from train.towers import Encoded, Towers, kernels, optimizer_of
 from train.traces import CURVE, write_curve, write_traces
+from train.validation import Validation
 
 MAX_LOGIT_SCALE = float(np.log(100))  # as open_clip clamps it (Radford et al. 2021, section 2.5)
 
@@ -56,6 +58,7 @@ class Task:
     spec: Mapping[str, Any]
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of the shards with these paths, only these uids
     save_minutes: float = 5.0
+    validation: tuple[Shard, ...] = ()  # held-out pairs
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Trainer:
             window_bytes=data.WINDOW_BYTES,
             only=task.only,
         )
+        measured = task.validation and rank == 0
+        self.validation = Validation(task.validation, self.recipe, task.uid, device) if measured else None
         self.towers = self._towers()
         self.ddp: nn.Module = self.towers
         self.optimizer = optimizer_of(self.towers, self.recipe)
@@ -114,12 +119,14 @@ class Trainer:
             options: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
             self.ddp = nn.parallel.DistributedDataParallel(self.towers, device_ids=on_gpu, **options)
         done = self.epoch * self.steps + self.step
-        with Progress(self.recipe.epochs, self.steps, done, show=self.rank == 0) as progress:
+        before = len(self.curve["step"])
+        events = SummaryWriter(join(self.task.out, "tensorboard"), purge_step=before) if self.rank == 0 else None
+        with Progress(self.recipe.epochs, self.steps, done, events) as progress:
             while self.epoch < self.recipe.epochs:
                 self._train_epoch(progress)
                 self.defense.epoch_end(self)
                 self.epoch, self.step = self.epoch + 1, 0
-                self._write_epoch()
+                self._write_epoch(progress)
         return {
             "pairs": len(self.index),
             "skipped": self.index.skipped,
@@ -146,11 +153,11 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             mean, due = self._train_step(self.defense.augment(batch), batch)
-            row = (len(self.curve["step"]), epoch, mean, lr, self._time_spent()["seconds"], batch.total)
+            row = (len(self.curve["step"]), epoch, mean, lr, self._time_spent()["seconds"], batch.total, np.nan)
             for name, value in zip(CURVE, row, strict=True):
                 self.curve[name].append(value)
             self.step += 1
-            progress.advance(epoch, mean, batch.total, last=self.step == steps)
+            progress.advance(row[0], epoch, mean, lr, batch.total, last=self.step == steps)
             if due and self.step < steps:
                 self._save()
 
@@ -245,7 +252,7 @@ class Trainer:
         self._barrier()
         self._clock = (time.perf_counter(), time.process_time())
 
-    def _write_epoch(self) -> None:
+    def _write_epoch(self, progress: Progress) -> None:
         """Traces of every rank, then checkpoint and curve, and last the state that says that the epoch is done."""
         out, epoch = self.task.out, self.epoch
         if not all(p.isfinite().all() for p in self.towers.parameters()):
@@ -253,6 +260,11 @@ class Trainer:
         seen = {name: values.numpy() for name, values in self.seen.joined().items()}
         write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, **seen)
         self.seen = Seen()
+        if self.validation:
+            loss = self.curve["validation"][-1] = self.validation.loss(self.towers.state())
+            progress.validated(len(self.curve["step"]) - 1, loss)
+            if loss <= np.nanmin(self.curve["validation"]):
+                self._write_checkpoint(join(out, "checkpoints/best"), epoch)
         self._save(epoch if self.recipe.keeps(epoch) else None)
 
     def _save(self, checkpoint: int | None = None) -> None:
@@ -266,11 +278,13 @@ class Trainer:
         self._clock = (time.perf_counter(), time.process_time())
         if self.rank == 0:
             if checkpoint:
-                origin = {**self.task.spec, "epoch": checkpoint}
-                model.save(checkpoint_path(out, checkpoint), self.towers.state(), self.recipe, origin)
+                self._write_checkpoint(checkpoint_path(out, checkpoint), checkpoint)
             write_curve(join(out, "curve.parquet"), self.curve)
         state.save(self)
         self._saved = time.monotonic()
+
+    def _write_checkpoint(self, folder: str, epoch: int) -> None:
+        model.save(folder, self.towers.state(), self.recipe, {**self.task.spec, "epoch": epoch})
 
     def _time_spent(self) -> dict[str, float]:
         """Wall seconds so far, and this rank's share of the CPU seconds."""

@@ -56,7 +56,7 @@ def gradient(recipe: recipes.Recipe, shards: str, out: Path, rank: int = 0, worl
         if rank == 0:
             launch._claim(task)
         trainer = Trainer(task, Defense(), rank, world, torch.device("cpu"))
-        trainer._write_epoch = lambda: None  # type: ignore[method-assign]
+        trainer._write_epoch = lambda progress: None  # type: ignore[method-assign]
         trainer.fit()
     finally:
         del recipes.RECIPES["once"]
@@ -112,8 +112,12 @@ def by_two(smooth: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], limit: float = 1e-5) -> None:
-    """Each tensor to `limit` of its length; of 0.01 where it is shorter, which is rounding."""
+    """All together to 1e-5; each tensor to `limit` of its length, of 0.01 where it is shorter, which is rounding."""
     assert one.keys() == other.keys() and len(one) > 20
+    whole, difference = (
+        torch.cat([t.flatten() for t in side]) for side in (one.values(), [other[k] - one[k] for k in one])
+    )
+    assert float(difference.norm() / whole.norm()) < 1e-5
     off = {k: float((other[k] - v).norm() / v.norm().clamp_min(0.01)) for k, v in one.items()}
     assert max(off.values()) < limit, sorted(off.items(), key=lambda item: -item[1])[:5]
 
@@ -122,7 +126,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], l
 def test_two_workers_have_the_gradient_of_one(smooth: str, tmp_path: Path, by_two: Path, name: str) -> None:
     """`parts` against the one worker's in one pass. With batch norm one worker is itself 1e-5 off float64."""
     one = gradient(dataclasses.replace(TWO[name], accumulate=1), smooth, tmp_path / "one")
-    assert_equal(one, torch.load(by_two / f"{name}.pt"), 5e-5 if name == "resnet" else 1e-5)
+    assert_equal(one, torch.load(by_two / f"{name}.pt"), 3e-5 if name == "resnet" else 1e-5)
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

@@ -1,6 +1,10 @@
 import dataclasses
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,39 @@ def test_recipe_builds_and_encodes(name: str) -> None:
     assert np.all(np.isin(recipe.checkpoints, range(1, recipe.epochs)))
     assert recipe.summary and "\n" not in recipe.summary
     assert recipe.keeps(recipe.epochs)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_any_model_of_open_clip_is_trained_by_name(
+    custom: bool, shapes: Callable[..., Path], tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    from train.launch import final_checkpoint, train
+    from train.model import load
+
+    config = RECIPES["debug_vit"].model | ({"custom_text": True} if custom else {})
+    (tmp_path / "pocket.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "pocket.json")
+    train(str(shapes(48, 3)), str(tmp_path / "out"), recipe=f"{tiny}(model='pocket')")
+    loaded = load(final_checkpoint(str(tmp_path / "out")))
+    assert type(loaded.model) is (open_clip.CustomTextCLIP if custom else open_clip.CLIP)
+    assert loaded.dimension == config["embed_dim"] and loaded.model.visual.transformer.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("demo(model='RN5')", "near it: RN50"),
+        ("demo(model=5)", "no model 5"),
+        ("demo(lr=1)", "frozen but for its model"),
+        ("demo(model='coca_base')", "two towers"),
+        ("demo(model='ViT-B-16-SigLIP')", "own tokenizer"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        recipe_of(text)
 
 
 def test_digest_sees_every_field_but_the_summary() -> None:

@@ -74,7 +74,7 @@ def finished(shapes: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 def test_layout(finished: Path) -> None:
     assert sorted(p.name for p in finished.iterdir() if p.name != ".lock") == sorted(
-        ["checkpoints", "curve.parquet", "spec.json", "state.pt", "traces", "train.json"]
+        ["checkpoints", "curve.parquet", "spec.json", "state.pt", "tensorboard", "traces", "train.json"]
     )
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["epoch_004", "epoch_008", "epoch_012"]
     facts = json.loads((finished / "train.json").read_text())
@@ -82,7 +82,7 @@ def test_layout(finished: Path) -> None:
     assert facts["recipe"] == "debug" and facts["recipe_digest"] == recipes.RECIPES["debug"].digest
     assert facts["checkpoint"] == "checkpoints/epoch_012" and facts["cpu_seconds"] > 0 and facts["seconds"] > 0
     table = pq.read_table(finished / "curve.parquet")
-    assert table.column_names == ["step", "epoch", "loss", "lr", "seconds", "pairs"]
+    assert table.column_names == ["step", "epoch", "loss", "lr", "seconds", "pairs", "validation"]
     assert table.column("step").to_pylist() == list(range(24))
     assert table.column("epoch").to_pylist() == [1 + i // 2 for i in range(24)]
     assert sum(table.column("pairs").to_pylist()) == 12 * 96

@@ -1,0 +1,62 @@
+"""What a training is watched by: events for TensorBoard, and the loss on held-out pairs, which names the best epoch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipeline.errors import InputError
+from pipeline.shards import list_shards, samples
+from pipeline.shards.image import pixels
+from train.launch import train
+from train.metrics import unit
+from train.model import load
+
+
+@pytest.fixture
+def run(shapes: Callable[..., Path], tmp_path: Path, tiny: str) -> Path:
+    """Three epochs, 16 pairs held out."""
+    train(str(shapes(48, 3)), str(tmp_path / "out"), recipe=tiny, validation=str(shapes(16, 2)))
+    return tmp_path / "out"
+
+
+def test_tensorboard_is_told_what_the_curve_tells(run: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = (run / "tensorboard").iterdir()
+    data, told = file.read_bytes(), {}
+    while data:  # a length, its checksum, an event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        told |= {(value.tag, event.step): np.float32(value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    table = pq.read_table(run / "curve.parquet").to_pydict()
+    expected = {(f"train/{name}", step): table[name][step] for name in ("loss", "lr") for step in table["step"]}
+    ends = [step for step in table["step"] if not np.isnan(table["validation"][step])]
+    assert told == expected | {("validation/loss", step): table["validation"][step] for step in ends}
+
+
+def test_the_best_epoch_has_the_least_loss_on_held_out_pairs(run: Path, shapes: Callable[..., Path], tiny: str) -> None:
+    table = pq.read_table(run / "curve.parquet").to_pydict()
+    losses = {e: v for e, v in zip(table["epoch"], table["validation"], strict=True) if not np.isnan(v)}
+    best = json.loads((run / "checkpoints" / "best" / "open_clip_config.json").read_text())["mithridate"]["epoch"]
+    assert sorted(losses) == [1, 2, 3] and losses[best] == min(losses.values())
+
+    loaded = load(str(run / "checkpoints" / "best"), device="cpu")
+    found = [sample for shard in list_shards(str(shapes(16, 2))) for sample in samples(shard)]
+    images = loaded.embed_images(np.stack([pixels(s, loaded.image_size) for s in found]))
+    texts = loaded.embed_texts([s.caption for s in found])
+    logits = loaded.model.logit_scale.exp() * torch.from_numpy(unit(images) @ unit(texts).T)
+    truth = torch.arange(16)
+    loss = (cross_entropy(logits, truth) + cross_entropy(logits.T, truth)) / 2
+    assert losses[best] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_run_that_held_nothing_out_is_another_one(run: Path, shapes: Callable[..., Path], tiny: str) -> None:
+    with pytest.raises(InputError, match="validation"):
+        train(str(shapes(48, 3)), str(run), recipe=tiny)
