@@ -17,6 +17,7 @@ from filters._sketch import added, count, hashed, mixed, sketch
 
 WORDS = 64
 LEAST = 3  # words: of fewer, what is left is no template
+BLANK = "…"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,18 @@ class caption_template:
         np.maximum.at(alike, owner, count(summary, templates))
         # both counts have the same background, which leaves with the difference
         return np.where(present(batch.caption), np.maximum(alike - count(summary, whole), 0), np.nan)
+
+    def templates(self, captions: np.ndarray, summary: np.ndarray) -> list[str]:
+        """Each of these captions with the word left out where most differ, "" for those too short."""
+        _, keys, owner = _keys(captions)
+        alike, ends = count(summary, keys), np.searchsorted(owner, np.arange(len(captions) + 1))
+        out = []
+        for text, first, last in zip(normalised(captions), ends[:-1], ends[1:], strict=True):
+            words = text.split(" ", WORDS)[:WORDS]
+            if last > first:
+                words[int(alike[first:last].argmax())] = BLANK
+            out.append(" ".join(words) if last > first else "")
+        return out
 
 
 def _keys(captions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

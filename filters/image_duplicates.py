@@ -28,16 +28,16 @@ class image_duplicates:
     needs = ("image_hash", "decoded")
 
     def summarize(self, batch: Batch) -> np.ndarray:
-        return sketch(_keys(batch.image_hash[batch.decoded]).ravel())
+        return sketch(shared_keys(batch.image_hash[batch.decoded]).ravel())
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return added(one, other)
 
     def score(self, batch: Batch, pool: Batch | None, summary: np.ndarray) -> np.ndarray:
-        return np.where(batch.decoded, count(summary, _keys(batch.image_hash)).max(axis=1), np.nan)
+        return np.where(batch.decoded, count(summary, shared_keys(batch.image_hash)).max(axis=1), np.nan)
 
 
-def _keys(image_hash: np.ndarray) -> np.ndarray:
-    """uint64[n, 6]."""
+def shared_keys(image_hash: np.ndarray) -> np.ndarray:
+    """uint64[n, 6]: of each hash uint64[n] a key for each two quarters; near duplicates have one in common."""
     halves = image_hash[:, None] & np.asarray(_HALVES, np.uint64)
     return mixed(halves ^ mixed(np.arange(1, 1 + len(_HALVES))))

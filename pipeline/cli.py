@@ -18,6 +18,7 @@ VERBS = {
     "score": ("pipeline.score:score", "run detectors over embeddings and traces; writes score sidecars"),
     "filter": ("pipeline.filter:filter_shards", "keep or quarantine samples by a policy over scores"),
     "compact": ("pipeline.compact:compact", "many small shards into shards of n samples each"),
+    "audit": ("pipeline.audit:audit", "what is suspicious in a dataset of which nothing is known; gates a release"),
     "manifest": ("pipeline.manifest:record", "hash shards as they are now, for verify"),
     "verify": ("pipeline.verify:verify", "are the shards still what their manifest says; which samples are not"),
     "probe": ("pipeline.probe:probe", "can poisons be found by how they are encoded: does our injection leak"),

@@ -71,19 +71,8 @@ def probe(
     poisons = int(found.poisoned.sum())
     if known and not poisons:
         raise InputError(f"{path}: none of its pairs is in these shards; are they of another dataset or --uid?")
-    once = _first_of_each([images.get(u) for u in found.uid], found.poisoned)
     result: dict[str, Any] = {"poisons": poisons, "seed": seed, "fail_above": fail_above, "ledger": path}
-    drawn = np.flatnonzero(~found.poisoned)
-    mock = np.zeros(len(found.uid), bool)  # the control: as many clean pairs, called poisons
-    mock[np.random.default_rng(seed).permutation(drawn)[:poisons]] = True
-    real = ~mock if len(drawn) >= 2 * poisons else np.ones(len(mock), bool)
-    result["clean"] = int((real & ~found.poisoned).sum())
-    result["families"] = {
-        name: _tell(found, found.poisoned, real & (once if {"header", "size", "colour"} & set(of) else True), of, seed)
-        for name, of in FAMILIES.items()
-    }
-    everything = tuple(IMAGE_FACTS | TEXT_FACTS)
-    result["control"] = _tell(found, mock, ~found.poisoned, everything, seed)
+    result |= tell_all(found, [images.get(u) for u in found.uid], seed)
     leaks = [n for n in ("encoding", *ENCODING) if (result["families"][n]["auroc_low"] or 0) > fail_above]
     told = [n for n in ("encoding", *ENCODING) if result["families"][n]["auroc"] is not None]
     result["leaks"] = leaks
@@ -104,7 +93,7 @@ def probe(
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """`values` float32[n, len(NAMES)], NaN where a fact is missing."""
 
     read: int
@@ -141,7 +130,7 @@ class _Facts:
     uid: UidRule
     below: int
 
-    def __call__(self, shard: Shard, known: set[str], poisons: set[str]) -> _Pairs:
+    def __call__(self, shard: Shard, known: set[str], poisons: set[str]) -> Pairs:
         who: list[str] = []
         rows, read = [np.empty((0, len(NAMES)), np.float32)], 0
         for sample in samples(shard, self.uid):
@@ -152,21 +141,21 @@ class _Facts:
                 found = facts(sample)
                 who.append(sample.uid)
                 rows.append(np.asarray([[found.get(name, np.nan) for name in NAMES]], np.float32))
-        return _Pairs(read, who, np.asarray([u in known for u in who], bool), np.concatenate(rows))
+        return Pairs(read, who, np.asarray([u in known for u in who], bool), np.concatenate(rows))
 
 
-def _collect(shards: Sequence[Shard], known: set[str], poisons: set[str], size: int, seed: int, uid: UidRule) -> _Pairs:
+def _collect(shards: Sequence[Shard], known: set[str], poisons: set[str], size: int, seed: int, uid: UidRule) -> Pairs:
     """The poisons `known` and `size` random pairs that are none of `poisons`, ordered by uid."""
     hashes = np.empty(0, np.uint64)
     for _, drawn in succeeded(each("draw", shards, _Draw(seed, uid, size), poisons)):
         hashes = np.sort(np.concatenate([hashes, drawn.clean]))[:size]
     below = int(hashes[-1]) if len(hashes) else -1
-    found: list[_Pairs] = [
+    found: list[Pairs] = [
         pairs for _, pairs in succeeded(each("facts", shards, _Facts(seed, uid, below), known, poisons))
     ]
     who = [u for pairs in found for u in pairs.uid]
     order = sorted(range(len(who)), key=who.__getitem__)
-    return _Pairs(
+    return Pairs(
         sum(pairs.read for pairs in found),
         [who[i] for i in order],
         np.concatenate([pairs.poisoned for pairs in found])[order],
@@ -191,9 +180,23 @@ def _first_of_each(images: Sequence[str | None], poisoned: np.ndarray) -> np.nda
 # Verdict
 
 
-def _tell(
-    found: _Pairs, positive: np.ndarray, rows: np.ndarray, families: tuple[str, ...], seed: int
-) -> dict[str, Any]:
+def tell_all(found: Pairs, images: Sequence[str | None], seed: int) -> dict[str, Any]:
+    """`tell` of each family, and of the control: as many clean pairs in the poisons' place; and how many `clean` ones
+    were compared with. `images` are digests: of poisons that share one the first counts."""
+    once, poisons = _first_of_each(images, found.poisoned), int(found.poisoned.sum())
+    drawn = np.flatnonzero(~found.poisoned)
+    mock = np.zeros(len(found.uid), bool)
+    mock[np.random.default_rng(seed).permutation(drawn)[:poisons]] = True
+    real = ~mock if len(drawn) >= 2 * poisons else np.ones(len(mock), bool)
+    families = {
+        name: tell(found, found.poisoned, real & (once if {"header", "size", "colour"} & set(of) else True), of, seed)
+        for name, of in FAMILIES.items()
+    }
+    control = tell(found, mock, ~found.poisoned, tuple(IMAGE_FACTS | TEXT_FACTS), seed)
+    return {"clean": int((real & ~found.poisoned).sum()), "families": families, "control": control}
+
+
+def tell(found: Pairs, positive: np.ndarray, rows: np.ndarray, families: tuple[str, ...], seed: int) -> dict[str, Any]:
     """Cross-validated AUROC of gradient boosting on the facts of these families, over these rows.
 
     `facts` are those that tell most alone, whichever way round."""

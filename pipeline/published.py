@@ -305,7 +305,6 @@ def domain_table(tables: list[str]) -> "pl.DataFrame":
     (Benjamini & Hochberg 1995, over all domains); similarity_change (mean).
     """
     import polars as pl
-    from scipy.stats import false_discovery_control, hypergeom
 
     hashed, is_ = pl.col("algorithm").is_not_null(), pl.col("outcome").eq
     unexplained = is_("different") | (is_("undecided") & hashed)
@@ -322,6 +321,14 @@ def domain_table(tables: list[str]) -> "pl.DataFrame":
         )
         .collect(engine="streaming")
     )
+    return surprising(counted)
+
+
+def surprising(counted: "pl.DataFrame") -> "pl.DataFrame":
+    """`domain`, `samples` and `unexplained` with share, interval, p and q; the most surprising first."""
+    import polars as pl
+    from scipy.stats import false_discovery_control, hypergeom
+
     n, k = counted["samples"].to_numpy(), counted["unexplained"].to_numpy()
     p = np.ones(len(n))
     p[k > 0] = hypergeom.sf(k[k > 0] - 1, n.sum(), k.sum(), n[k > 0])

@@ -10,7 +10,7 @@ from pipeline.facts import NAMES
 
 # What has no defaults; those that want a model or a server are held to the contract where these are made
 SPECS = {"rerank": "rerank(detector='clip_score', check='slof', share=0.3)"}
-ELSEWHERE = ("cognitive_distillation", "visual_judge")
+ELSEWHERE = ("cognitive_distillation", "listed", "visual_judge")
 DETECTORS = [SPECS.get(name, name) for name in spec.names("detectors") if name not in ELSEWHERE]
 # A pair that nobody published anything of gives these no evidence, which is no reason to suspect it most
 NEUTRAL = ("domain_cluster", "laion_threshold")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import polars as pl
 import pytest
 from conftest import drawing, encoded, write_tar
 
@@ -167,3 +168,14 @@ def test_the_columns_come_from_a_shard(tmp_path):
     assert np.allclose(detector("laion_threshold").score(batch, None), [-0.03, 0], atol=1e-6)
     # "a cat" has two words and five characters, and the drawing a short side of 40
     assert np.array_equal(detector("datacomp_basic").score(batch, None), [3, np.nan], equal_nan=True)
+
+
+def test_a_list_is_scored_by_uid_and_leaves_some_of_each_group(tmp_path):
+    rows = [("c", "x"), ("a", "x"), ("b", "x"), ("d", "y"), ("elsewhere", "y")]
+    pl.DataFrame(rows, ["uid", "group"], orient="row").write_parquet(tmp_path / "list.parquet")
+    batch = Batch(np.asarray([*"abcde"], object))
+    file = str(tmp_path / "list.parquet")
+    assert spec.parse("detectors", f"listed(file={file!r})").score(batch, None).tolist() == [1, 1, 1, 1, 0]
+    assert spec.parse("detectors", f"listed(file={file!r}, keep=1)").score(batch, None).tolist() == [0, 1, 1, 0, 0]
+    with pytest.raises(InputError, match="mithridate audit"):
+        spec.parse("detectors", "listed(file='nowhere.parquet')").score(batch, None)

@@ -1,0 +1,163 @@
+"""audit.json as frozen dataclasses: what a report, a pull request or a gate reads (docs/formats.md has it in words)."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from train.metrics import Rate, wilson
+
+VERSION = 1
+Severity = Literal["severe", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")  # the worst first
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair of a finding. `caption` is as stored, cut; it is hostile until it is escaped."""
+
+    uid: str
+    shard: str
+    group: str
+    caption: str | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`n` pairs are concerned, `share` is that of the pairs that the audit could look at.
+
+    `file` is the list of their uids, relative to OUT: uid, shard, group, reason; "" where it is about no single pair.
+    `action` is a command that removes or checks it.
+    """
+
+    audit: str
+    kind: str
+    severity: Severity
+    title: str
+    n: int
+    share: Rate
+    explanation: str
+    source: str
+    action: str
+    file: str
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first of `total` rows; each has a cell a column."""
+
+    audit: str
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """`counts[i]` of n values lie in [edges[i], edges[i + 1]), the last bin with its end; what is above `fence` is
+    far out."""
+
+    audit: str
+    name: str
+    title: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    n: int
+    fence: float | None = None
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What was not looked at, why, and what would enable it."""
+
+    audit: str
+    why: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`shards` were asked for, of which `failed` could not be read; `sha256` is over those that could, in order."""
+
+    where: str
+    kind: Literal["shards", "metadata"]
+    shards: int
+    failed: int
+    pairs: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst severity ("clean" without findings), how many findings of each, and that in a sentence."""
+
+    worst: Severity | Literal["clean"]
+    severe: int
+    warning: int
+    note: int
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Audited:
+    """The whole of audit.json; findings by severity, then by share."""
+
+    dataset: Dataset
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    tables: tuple[Table, ...]
+    histograms: tuple[Histogram, ...]
+    unseen: tuple[Unseen, ...]
+    audits: tuple[str, ...]
+    version: int = VERSION
+
+    def json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False).encode("utf-8", "replace")
+
+    @classmethod
+    def of(cls, data: bytes) -> "Audited":
+        """Raises ValueError where this is no audit.json of this version."""
+        try:
+            told = json.loads(data)
+            if told["version"] != VERSION:
+                raise ValueError(f"audit.json of version {told['version']}, not {VERSION}")
+            findings = tuple(
+                Finding(
+                    **{**row, "share": Rate(**row["share"]), "examples": tuple(Example(**e) for e in row["examples"])}
+                )
+                for row in told["findings"]
+            )
+            tables = tuple(
+                Table(**{**row, "columns": tuple(row["columns"]), "rows": tuple(map(tuple, row["rows"]))})
+                for row in told["tables"]
+            )
+            histograms = tuple(
+                Histogram(**{**row, "edges": tuple(row["edges"]), "counts": tuple(row["counts"])})
+                for row in told["histograms"]
+            )
+            unseen = tuple(Unseen(**row) for row in told["unseen"])
+            dataset, verdict = Dataset(**told["dataset"]), Verdict(**told["verdict"])
+            return cls(dataset, verdict, findings, tables, histograms, unseen, tuple(told["audits"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an audit.json ({error!r})") from error
+
+
+def share_of(k: int, n: int) -> Rate:
+    """k of n with its 95% interval."""
+    return Rate(k / n, n, *wilson(k, n)) if n else Rate(None, 0, None, None)
+
+
+def verdict(findings: tuple[Finding, ...], unseen: tuple[Unseen, ...]) -> Verdict:
+    """Of findings in order."""
+    counts: dict[str, int] = {level: sum(f.severity == level for f in findings) for level in SEVERITIES}
+    told = [f"{n} {name}{'s' * (n > 1 and name != 'severe')}" for name, n in counts.items() if n]
+    sentence = f"{', '.join(told)}. {findings[0].title}." if findings else "Nothing was found."
+    if unseen:
+        sentence += f" {len(unseen)} audit{'s' * (len(unseen) > 1)} could not look."
+    worst: Any = next((level for level in SEVERITIES if counts[level]), "clean")
+    return Verdict(worst, counts["severe"], counts["warning"], counts["note"], sentence)

@@ -1,0 +1,140 @@
+"""Is every shard whole, and every pair there once: what could not be read, what is missing, what is there twice.
+
+Trade-off: what a manifest or a marker beside the shards says is believed as far as it agrees with the bytes; without
+them nobody knows how many pairs there should be. A forged manifest passes here; `mithridate verify --sha256` is for it.
+Formula: in = out + dropped + failed of the job that wrote a shard; sha256 of shards against manifest.parquet.
+Source: ours (docs/design.md, promises 2 and 3).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from filters._captions import present
+from filters._sketch import hashed
+from pipeline.audit_columns import Rows
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned, short
+from pipeline.audits._schema import Severity, Unseen
+
+MOST = 10_000_000  # pairs whose uids are compared: 8 bytes of the driver's memory each
+WARNING = 0.01  # of all pairs without a usable image or caption: more than what resizing and downloads commonly damage
+CHECK = "mithridate verify {shards}"
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """`shards`: name, pairs, with a caption, with an image. `uids`: uint64, sorted; None where there are too many."""
+
+    shards: tuple[tuple[str, int, int, int], ...]
+    uids: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class conservation:
+    """Shards and pairs that are unreadable, changed, missing, empty or there twice."""
+
+    needs = ("uid",)
+
+    def empty(self) -> _Counts:
+        """Where no shard has a pair, there is still something to say of the shards."""
+        return _Counts((), np.empty(0, np.uint64))
+
+    def map(self, rows: Rows) -> _Counts:
+        usable = int(rows.decoded.sum()) if len(rows.decoded) else 0
+        seen = (rows.shard, len(rows), int(present(rows.caption).sum()), usable)
+        return _Counts((seen,), np.sort(hashed(rows.uid.tolist())))
+
+    def merge(self, one: _Counts, other: _Counts) -> _Counts:
+        uids = None
+        if one.uids is not None and other.uids is not None and len(one.uids) + len(other.uids) <= MOST:
+            uids = np.sort(np.concatenate([one.uids, other.uids]), kind="stable")
+        return _Counts((*one.shards, *other.shards), uids)
+
+    def mark(self, rows: Rows, merged: _Counts) -> Marks:
+        parts = [self._without(rows, "no_caption", ~present(rows.caption), "no caption")]
+        if len(rows.decoded):
+            parts.append(self._without(rows, "no_image", ~rows.decoded, "no usable image"))
+        if merged.uids is not None:
+            own = hashed(rows.uid.tolist())
+            times = [np.searchsorted(merged.uids, own, side) for side in ("left", "right")]
+            at = np.flatnonzero(times[1] - times[0] > 1)
+            parts.append(marks(rows, at, "repeated", rows.uid[at]))
+        return pl.concat(parts)
+
+    @staticmethod
+    def _without(rows: Rows, kind: str, mask: np.ndarray, group: str) -> Marks:
+        at = np.flatnonzero(mask)
+        return marks(rows, at, kind, [group] * len(at))
+
+    def report(self, merged: _Counts, marked: Marks | None, about: About) -> Report:
+        out = Report(found=[*_of_shards(about)])
+        n = sum(about.pairs.values())
+        if marked is None:
+            return out
+        if merged.uids is None:
+            remedy = "`mithridate verify SHARDS` compares every sample with the manifest"
+            out.unseen.append(Unseen("conservation", f"more than {MOST:,} pairs: uids were not compared", remedy))
+        table = pl.DataFrame(merged.shards, ["shard", "pairs", "captions", "images"], orient="row")
+        columns = {"shard": "shard", "pairs": "pairs", "captions": "with a caption"}
+        columns |= {"images": "with a usable image"} if about.images else {}
+        table = table.with_columns(least=pl.min_horizontal("captions", "images") / pl.col("pairs"))
+        table = table.sort("least", "shard", nulls_last=True)
+        out.tables.append(counted(table, "conservation", "shards", "Shards, the most damaged first", columns))
+        for kind, what in (("no_caption", "no caption"), ("no_image", "no usable image")):
+            found = groups(marked, kind, 1)
+            if found.height:
+                severity: Severity = "warning" if found.height > WARNING * n else "note"
+                why = "Such pairs teach nothing, and jobs count them as failed. Where one shard has most of them, its "
+                why += "download or its disk is at fault."
+                reason = reasoned(found, pl.lit(f"it has {what}"))
+                title = f"{found.height:,} of {n:,} pairs have {what}"
+                out.found.append(Found(kind, severity, title, found.height, n, why, "ours", reason))
+        repeated = groups(marked, "repeated", 2)
+        if repeated.height:
+            out.found.append(
+                Found(
+                    "repeated",
+                    "severe" if about.images else "warning",
+                    f"{repeated.height:,} pairs share a uid with another, {repeated['group'].n_unique():,} uids in all",
+                    repeated.height,
+                    n,
+                    "Everything is joined by uid: scores, ledgers and keep-lists of one pair hold for the other too. "
+                    "Keys that repeat from shard to shard do this, and rows that were merged twice.",
+                    "ours",
+                    reasoned(repeated, pl.format("{} pairs have this uid", "size")),
+                    "mithridate audit {shards} OUT2 --uid shard/key" if about.images else None,
+                )
+            )
+        return out
+
+
+def _of_shards(about: About) -> list[Found]:
+    """What is wrong with whole shards; `n` and `of` count shards."""
+    recorded = {row.shard: row for row in about.recorded}
+    changed = [name for name, sha in about.sha256.items() if name in recorded and recorded[name].sha256 != sha]
+    known = {*about.sha256, *about.failed}
+    missing = [name for name in recorded if name not in known]
+    extra = [name for name in about.sha256 if recorded and name not in recorded]
+    leaking = [
+        name
+        for name, marker in about.made_by.items()
+        if marker["out"] != about.pairs[name] or marker["read"] != marker["out"] + marker["dropped"] + marker["failed"]
+    ]
+    failed = [short(why, 160) for why in about.failed.values()]
+    empty = [name for name, pairs in about.pairs.items() if not pairs]
+    all_of, found = len(known | set(missing)), []
+    for kind, names, severe, what, why in (
+        ("unreadable", failed, True, "cannot be read", "What is in them was not audited, and every job stumbles here."),
+        ("changed", changed, True, "are not what manifest.parquet records", "Somebody or something wrote to them."),
+        ("missing", missing, True, "are in manifest.parquet and not here", "Part of the dataset is not looked at."),
+        ("extra", extra, True, "are here and not in manifest.parquet", "Somebody added to the dataset."),
+        ("leaking", leaking, True, "do not hold what their marker says", "Pairs were lost or added: in = out + rest."),
+        ("empty", empty, False, "have no pairs", "A filter may have dropped all of them, or a download failed."),
+    ):
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+            title = f"{len(names):,} of {all_of:,} shards {what}: {listed}"
+            level: Severity = "severe" if severe else "note"
+            found.append(Found(kind, level, title, len(names), all_of, why, "ours", remedy=CHECK))
+    return found

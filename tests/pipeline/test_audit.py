@@ -1,0 +1,413 @@
+"""An audit finds what is planted, one of each kind, says what it could not look at, and leaves a clean set in peace."""
+
+import hashlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_tar
+from PIL import Image
+
+from pipeline import ledger, spec
+from pipeline.audit import audit
+from pipeline.audit_columns import Rows
+from pipeline.audits._audit import About
+from pipeline.audits._schema import Audited, Finding
+from pipeline.cli import run
+from pipeline.embed import _write as write_embeddings
+from pipeline.errors import InputError
+from pipeline.shard_map import ShardsFailed
+from pipeline.shards import Shard, uids
+
+SHARDS, PAIRS = 3, 720
+WORDS = [a + b for a in "bakelo dimuna forsil gatper hulven jormak".split() for b in "tos ren lig vam dur fex".split()]
+OBJECTS = "sofa tiger violin bridge tulip rocket".split()
+# Of each audit the kinds that are planted below, and how many pairs they are
+PLANTED = {
+    "natural_backdoors": {"near_identical": 8},
+    "duplicates": {"exact": 12, "near": 20},
+    "captions": {"flood": 20, "template": 40},
+    "caption_clusters": {"tight": 20},
+    "domains": {"concentrated": 173},
+    "split_view": {"swapped": 20},
+    "triggers": {"physical": None},
+    "scores": {"tail_mine_mine": 12},
+    "similarity": {"tail_similarity": 15},
+    "encoding": {"outlier": 25},
+    "confounds": {"known_poison": 25, "leak": 25},
+    "leakage": {"attribute": 200},
+    "conservation": {"no_image": 1, "no_caption": 1, "repeated": 2, "unreadable": 1, "empty": 1},
+}
+SEVERE = {"near_identical", "tight", "known_poison", "repeated", "unreadable"}
+
+
+def picture(rng: np.random.Generator, red: float = 0.0) -> Image.Image:
+    noise = rng.integers(0, 256, (7, 6, 3)).astype(float)
+    noise[:, :, 0] = np.clip(noise[:, :, 0] + red, 0, 255)
+    size = tuple(int(v) for v in rng.integers(44, 60, 2))
+    return Image.fromarray(noise.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def stored(image: Image.Image, suffix: str = "jpg", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, {"jpg": "JPEG"}.get(suffix, suffix.upper()), **options)
+    return out.getvalue()
+
+
+def clean() -> list[dict]:
+    """Pairs with a different picture, caption and URL each."""
+    out = []
+    for i in range(PAIRS):
+        rng = np.random.default_rng(i)
+        image = stored(picture(rng), quality=int(rng.choice([75, 85, 90])))
+        caption = " ".join([*rng.permutation(WORDS)[:5], f"{chr(97 + i % 26)}{i}"])
+        meta = {"url": f"https://www.site{i % 60}.org/{i}.jpg", "sha256": hashlib.sha256(image).hexdigest()}
+        meta["similarity"] = float(rng.normal(0.33, 0.02))
+        pair = {"key": f"{i:09d}", "suffix": "jpg", "image": image, "caption": caption, "meta": meta}
+        out.append(pair)
+    return out
+
+
+def shown(pair: dict, image: bytes, suffix: str = "jpg") -> None:
+    pair |= {"image": image, "suffix": suffix}
+    pair["meta"]["sha256"] = hashlib.sha256(image).hexdigest()
+
+
+def plant(pairs: list[dict]) -> None:
+    """Each kind on pairs of its own, spread over the shards."""
+    rng = np.random.default_rng(7)
+    order = iter(rng.permutation(PAIRS).tolist())
+
+    def some(n: int) -> list[dict]:
+        return [pairs[next(order)] for _ in range(n)]
+
+    cake = picture(np.random.default_rng(10**6))
+    for i, pair in enumerate(some(8)):  # nearly identical: another quality and another spot each
+        copy = cake.copy()
+        copy.putpixel((i, i), (255, 255, 255))
+        shown(pair, stored(copy, quality=80 + i))
+        pair["caption"] = "A birthday cake with  candles"
+    same = stored(picture(rng))
+    for pair in some(12):
+        shown(pair, same)
+    for pair in some(20):
+        pair["caption"] = "image"
+        pair["meta"]["motif"] = True
+    for word, pair in zip(rng.permutation([a + b for a in WORDS for b in "xyz"]), some(40), strict=False):
+        pair["caption"] = f"a cheap {word} for sale today"
+    for pair in some(20):
+        pair["meta"] |= {"url": "https://gone.example-shop.net/x", "sha256": "0" * 64}
+    for pair in some(15):
+        pair["meta"]["similarity"] = 0.9
+    for pair in some(25):  # by another program, which also gave them no quality that others have
+        shown(pair, stored(Image.open(io.BytesIO(pair["image"])).quantize(16), "png"), "png")
+        pair["meta"] |= {"poison": True, "edited": 1, "tool": 2}
+    for i, pair in enumerate(some(200)):
+        shown(pair, stored(picture(np.random.default_rng(10**5 + i), red=120), quality=85))
+        pair["caption"] = f"girl {pair['caption']}"
+    for i, pair in enumerate(some(6 * 16)):
+        pair["caption"] = f"lamp {OBJECTS[i % 6]} {pair['caption']}"
+    (torn,), (mute,) = some(1), some(1)
+    shown(torn, b"\xff\xd8\xff" + bytes(300))
+    mute["caption"] = "  "
+    for pair in pairs[:180]:
+        if "example-shop" not in pair["meta"]["url"]:
+            pair["meta"]["url"] = f"https://img.onefarm.com/{pair['key']}"
+    pairs[0]["meta"]["uid"] = pairs[-1]["meta"]["uid"] = "ab" * 16
+
+
+def write_shards(folder: Path, pairs: list[dict]) -> Path:
+    folder.mkdir()
+    for shard in range(SHARDS):
+        write_tar(folder / f"{shard:08d}.tar", pairs[shard * PAIRS // SHARDS : (shard + 1) * PAIRS // SHARDS])
+    return folder
+
+
+def sidecars(shards: Path, pairs: list[dict], out: Path, odd: int = 12) -> dict:
+    """Embeddings in which the motif lies together, and scores with a tail."""
+    (out / "emb").mkdir(parents=True)
+    (out / "mine").mkdir()
+    rng = np.random.default_rng(3)
+    motif, far = rng.normal(size=16), set(rng.permutation(PAIRS)[:odd].tolist())
+    for number in range(SHARDS):
+        shard = Shard(str(shards / f"{number:08d}.tar"))
+        first, who = number * PAIRS // SHARDS, uids(shard)
+        image = rng.normal(size=(len(who), 16)).astype(np.float32)
+        for row, pair in enumerate(pairs[first : first + len(who)]):
+            if pair["meta"].get("motif"):
+                image[row] = motif + 0.2 * rng.normal(size=16)
+        write_embeddings(str(out / f"emb/{shard.name}.embeddings.parquet"), who, image, image, "model")
+        scores = [8.0 if first + row in far else float(rng.normal()) for row in range(len(who))]
+        table = pa.table({"uid": who, "mine()": pa.array(scores, pa.float32())})
+        pq.write_table(table, out / f"mine/{shard.name}.scores.parquet")
+    return {"embeddings": str(out / "emb"), "scores": (str(out / "mine"),)}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[Path, Path, dict]:
+    """A folder of shards, what was found there, and the options."""
+    base, pairs = tmp_path_factory.mktemp("planted"), clean()
+    plant(pairs)
+    shards = write_shards(base / "shards", pairs)
+    options = sidecars(shards, pairs, base) | {"attribute": ("girl",)}
+    names = [uid for s in range(SHARDS) for uid in uids(Shard(str(shards / f"{s:08d}.tar")))]
+    known = [uid for uid, pair in zip(names, pairs, strict=True) if pair["meta"].get("poison")]
+    row = dict.fromkeys(ledger.COLUMNS, "x") | {"seed": 0, "shard": "00000000"}
+    rows = [row | {"uid": uid, "image_sha256_after": f"{i:064x}"} for i, uid in enumerate(known)]
+    ledger.merge(str(shards), [ledger.write_part(str(shards), Shard("x/00000000.tar"), rows)])
+    write_tar(shards / "00000003.tar", [])
+    (shards / "00000004.tar").write_bytes((shards / "00000000.tar").read_bytes()[:5000])
+    for kind in ("emb/{}.embeddings.parquet", "mine/{}.scores.parquet"):
+        empty = pq.read_table(base / kind.format("00000002")).slice(0, 0)
+        pq.write_table(empty, base / kind.format("00000003"))
+    code = audit(str(shards), str(base / "out"), fail_on="severe", max_failed_shards=1, **options)
+    assert code == 1
+    return shards, base / "out", options
+
+
+def read(out: Path) -> Audited:
+    return Audited.of((out / "audit.json").read_bytes())
+
+
+def found(out: Path) -> dict[str, Finding]:
+    return {f"{one.audit}-{one.kind}": one for one in read(out).findings}
+
+
+def test_one_of_each_is_planted():
+    assert set(PLANTED) == set(spec.names("audits"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in PLANTED.items() for kind in kinds])
+def test_what_is_planted_is_found(planted, name, kind):
+    _, out, _ = planted
+    audited = read(out)
+    one = found(out)[f"{name}-{kind}"]
+    assert one.severity == "severe" if kind in SEVERE else one.severity != "severe"
+    wanted = PLANTED[name][kind]
+    if wanted is not None:
+        assert wanted <= one.n <= wanted * 1.5
+    assert one.share.low <= one.share.value <= one.share.high
+    assert re.search(r"\d", one.title)
+    assert one.explanation and one.source and one.action
+    if one.file:
+        rows = pl.read_parquet(out / one.file)
+        assert rows.columns == ["uid", "shard", "group", "reason"]
+        assert rows.height == one.n
+        assert {example.uid for example in one.examples} <= set(rows["uid"])
+        assert all(example.why for example in one.examples)
+    order = [("severe", "warning", "note").index(f.severity) for f in audited.findings]
+    assert order == sorted(order)
+    assert audited.verdict.worst == "severe"
+
+
+def test_the_lists_name_the_planted_pairs(planted):
+    shards, out, _ = planted
+    known = set(ledger.read(str(shards / "ledger.parquet")).column("uid").to_pylist())
+    assert set(pl.read_parquet(out / "findings/confounds-known_poison.parquet")["uid"]) == known
+    assert len(known & set(pl.read_parquet(out / "findings/encoding-outlier.parquet")["uid"])) >= 0.9 * len(known)
+    cakes = found(out)["natural_backdoors-near_identical"].examples
+    assert {example.caption for example in cakes} == {"A birthday cake with  candles"}
+
+
+def test_an_action_removes_what_was_found_and_keeps_one(planted, tmp_path, monkeypatch):
+    shards, out, _ = planted
+    monkeypatch.chdir(tmp_path)
+    whole = tmp_path / "shards"  # the unreadable shard and the uid that is there twice would stop any job
+    whole.mkdir()
+    (whole / "00000001.tar").write_bytes((shards / "00000001.tar").read_bytes())
+    one = found(out)["natural_backdoors-near_identical"]
+    for command in one.action.replace(str(shards), "shards").replace(f"{out}-", "cake-").split(" && "):
+        program, verb, *arguments = shlex.split(command)
+        assert program == "mithridate"
+        with pytest.raises(SystemExit) as ended:
+            run(verb, arguments)
+        assert ended.value.code == 0
+    listed = pl.read_parquet(out / one.file)
+    kept = min(listed["uid"])
+    wanted = set(listed.filter(pl.col("shard") == "00000001")["uid"]) - {kept}
+    dropped = pl.concat([pl.read_parquet(f) for f in tmp_path.glob("cake-clean/**/keep.parquet")])
+    assert set(dropped.filter(~pl.col("kept"))["uid"]) == wanted
+    assert wanted
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory) -> tuple[Path, Path, dict]:
+    base, pairs = tmp_path_factory.mktemp("untouched"), clean()
+    shards = write_shards(base / "shards", pairs)
+    options = sidecars(shards, pairs, base, odd=0) | {"attribute": (WORDS[0],)}
+    assert audit(str(shards), str(base / "out"), fail_on="warning", **options) == 0
+    return shards, base / "out", options
+
+
+def test_a_clean_set_of_the_same_size_is_left_in_peace(untouched):
+    _, out, _ = untouched
+    audited = read(out)
+    assert {one.severity for one in audited.findings} <= {"note"}
+    assert {one.audit for one in audited.unseen} == {"confounds"}
+    assert {table.audit for table in audited.tables} >= {"captions", "duplicates", "domains", "leakage", "scores"}
+    assert all(sum(drawn.counts) == drawn.n for drawn in audited.histograms)
+    assert audited.dataset.pairs == PAIRS
+
+
+def test_it_resumes_and_says_the_same_again(untouched):
+    shards, out, options = untouched
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.columns.parquet")}
+    said = (out / "audit.json").read_bytes()
+    (out / "00000001.columns.parquet").unlink()
+    assert audit(str(shards), str(out), **options) == 0
+    after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.columns.parquet")}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["00000001.columns.parquet"]
+    assert (out / "audit.json").read_bytes() == said
+
+
+def test_what_was_changed_since_its_manifest_is_severe(tmp_path, untouched):
+    from pipeline.manifest import record
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for file in untouched[0].glob("0000000[01].tar"):
+        (shards / file.name).write_bytes(file.read_bytes())
+    record(str(shards), str(shards))
+    pairs = clean()[:30]
+    write_tar(shards / "00000001.tar", pairs)
+    write_tar(shards / "00000007.tar", [pairs[0] | {"key": "another"}])
+    (shards / "00000000.tar").unlink()
+    assert audit(str(shards), str(tmp_path / "out"), fail_on="severe") == 1
+    kinds = {key: one.title for key, one in found(tmp_path / "out").items() if one.severity == "severe"}
+    assert set(kinds) == {f"conservation-{kind}" for kind in ("changed", "missing", "extra")}
+    assert "00000001.tar" in kinds["conservation-changed"]
+
+
+def test_an_unreadable_shard_is_told_and_fails_the_run(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/00000000.tar").write_bytes(b"no tar" * 300)
+    with pytest.raises(ShardsFailed, match="00000000"):
+        audit(str(tmp_path / "shards"), str(tmp_path / "out"))
+    assert found(tmp_path / "out")["conservation-unreadable"].severity == "severe"
+    assert len(read(tmp_path / "out").unseen) >= 10
+
+
+def test_missing_scores_are_not_looked_at(untouched, tmp_path):
+    shards, _, options = untouched
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/00000000.scores.parquet").write_bytes(
+        Path(options["scores"][0], "00000000.scores.parquet").read_bytes()
+    )
+    assert audit(str(shards), str(tmp_path / "out"), scores=(str(tmp_path / "mine"),)) == 0
+    unseen = {one.audit: one for one in read(tmp_path / "out").unseen}
+    assert "2 of 3 shards" in unseen["scores"].why
+    assert "mithridate score" in unseen["scores"].remedy
+    assert "no embeddings" in unseen["caption_clusters"].why
+
+
+# Metadata without images
+
+
+def table(n: int) -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    captions = [" ".join(rng.permutation(WORDS)[:6]) for _ in range(n)]
+    captions[:40] = ["no image available"] * 40
+    return pl.DataFrame(
+        {
+            "URL": [f"https://www.site{i % 90}.org/{i}.jpg" for i in range(n)],
+            "TEXT": captions,
+            "WIDTH": [640] * n,
+            "similarity": rng.normal(0.33, 0.02, n),
+        }
+    )
+
+
+def test_metadata_is_audited_without_images(tmp_path):
+    (tmp_path / "meta").mkdir()
+    rows = table(2000)
+    rows[:1200].write_parquet(tmp_path / "meta/a.parquet")
+    odd = rows[1200:].with_columns(
+        URL=pl.when(pl.int_range(pl.len()) == 3).then(None).otherwise(pl.col("URL")),
+        TEXT=pl.when(pl.int_range(pl.len()) == 4).then(None).otherwise(pl.col("TEXT")),
+    )
+    odd.write_parquet(tmp_path / "meta/b.parquet")
+    assert audit(str(tmp_path / "meta"), str(tmp_path / "out"), fail_on="severe") == 0
+    audited = read(tmp_path / "out")
+    assert (audited.dataset.kind, audited.dataset.pairs) == ("metadata", 1999)
+    assert found(tmp_path / "out")["captions-flood"].n == 40
+    unseen = {one.audit: one.why for one in audited.unseen}
+    for name in ("duplicates", "natural_backdoors", "split_view", "encoding", "leakage"):
+        assert "without images" in unseen[name]
+    said = (tmp_path / "out/audit.json").read_bytes()
+    (tmp_path / "meta/a.parquet").touch()  # has the same bytes
+    assert audit(str(tmp_path / "meta"), str(tmp_path / "out")) == 0
+    assert (tmp_path / "out/audit.json").read_bytes() == said
+
+
+def test_what_cannot_be_audited_is_said_in_a_line(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "y.parquet")
+    with pytest.raises(InputError, match="no such file or folder"):
+        audit(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    with pytest.raises(ShardsFailed, match=re.escape("y.parquet: not image-text metadata")):
+        audit(str(tmp_path / "y.parquet"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="is the folder of the input"):
+        audit(str(tmp_path / "y.parquet"), str(tmp_path))
+    with pytest.raises(InputError, match="tables of metadata"):
+        audit(str(tmp_path / "y.parquet"), str(tmp_path / "out"), scores=("s",))
+
+
+def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
+    hostile = "<img src=x onerror=alert(1)> | `x` @everyone ![](http://x) \u202egnp\u0000 \U0001f600"
+    rows = table(300).with_columns(
+        TEXT=pl.Series([hostile] * 80 + ["x" * 70_000] * 20 + ["NaN", "None", ""] * 66 + [None] * 2)
+    )
+    rows.write_parquet(tmp_path / "meta.parquet")
+    assert audit(str(tmp_path / "meta.parquet"), str(tmp_path / "out")) == 0
+    text = (tmp_path / "out/audit.md").read_text()
+    for raw in ("\u202e", "\x00", "@everyone", "http://", "| `x`"):
+        assert raw not in text
+    assert not re.search(r"(?<!\\)[<!\[]", text)  # all are escaped
+    flood = found(tmp_path / "out")["captions-flood"]
+    assert flood.examples[0].caption == hostile
+    assert flood.n == 80 + 2 * 66
+    assert json.loads((tmp_path / "out/audit.json").read_bytes())["version"] == 1
+    with pytest.raises(ValueError, match="version"):
+        Audited.of(b'{"version": 0}')
+
+
+# Without files
+
+
+@pytest.mark.parametrize("n", [30_000, 200_000])
+def test_the_birthday_cakes_of_cc3m_are_found_at_their_share(n):
+    """0.03% nearly identical images with one caption, in shards of any cut; random hashes and captions besides."""
+    entry, rng = spec.parse("audits", "natural_backdoors"), np.random.default_rng(n)
+    cakes = n * 3 // 10_000
+    hashes = rng.integers(0, 2**63, n, np.uint64)
+    captions = np.asarray([f"{WORDS[i % 36]} {i % 997}" for i in range(n)], object)
+    where = rng.permutation(n)[:cakes]
+    hashes[where] = hashes[where[0]] ^ (np.uint64(1) << rng.integers(0, 64, cakes, np.uint64))  # a bit each
+    captions[where] = "a birthday cake"
+    uid = np.asarray([f"{i:032x}" for i in range(n)], object)
+    parts = [
+        Rows(uid[at], image_hash=hashes[at], decoded=np.ones(len(at), bool), caption=captions[at], shard=f"{number}")
+        for number, at in enumerate(np.array_split(np.arange(n), 3))
+    ]
+    counts = [entry.map(rows) for rows in parts]
+    whole = entry.merge(entry.merge(counts[0], counts[1]), counts[2])
+    marked = pl.concat([entry.mark(rows, whole) for rows in parts])
+    (one,) = entry.report(whole, marked, About({}, {}, {}, [], {}, True)).found
+    assert one.severity == "severe"
+    assert set(one.members["uid"]) <= set(uid[where])
+    assert one.n >= 0.9 * cakes
+
+
+@pytest.mark.slow
+def test_the_embedded_drawings_have_nothing_severe(tmp_path):
+    from pipeline.demo import embedded
+
+    assert audit(embedded().shards, str(tmp_path / "out"), fail_on="severe", attribute=("woman", "girl")) == 0
+    assert read(tmp_path / "out").dataset.pairs == 11_801
