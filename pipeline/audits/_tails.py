@@ -117,9 +117,7 @@ def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str,
                 spread.n,
                 ("So many that it is the score's own shape more than a group apart. " if heavy else "") + says,
                 source,
-                reasoned(
-                    found, pl.format(f"{name.replace('{', '{{').replace('}', '}}')} {{}}", pl.col("value").round(4))
-                ),
+                reasoned(found, pl.format("it has {}", pl.col("value").round(4))),
             )
         )
     names = ("score", "pairs", "unscored", "25%", "median", "75%", "99%", "highest", "fence", "above")

@@ -88,8 +88,8 @@ class captions:
                 Found(
                     "template",
                     "warning" if widest >= TEMPLATE_WARNING * merged.n else "note",
-                    f"{templates.height:,} captions are made from {many(templates['group'].n_unique(), 'template')}, the "
-                    f"commonest ({short(templates['group'][0])!r}) {widest:,} times",
+                    f"{templates.height:,} captions are made from {many(templates['group'].n_unique(), 'template')}, "
+                    f"the commonest ({short(templates['group'][0])!r}) {widest:,} times",
                     templates.height,
                     merged.n,
                     "Captions that differ in one word come from a machine: a shop's, or an attacker's who needs many "

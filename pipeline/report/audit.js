@@ -22,7 +22,10 @@ function paged(container, items, size, after) {
   const where = make("span", { role: "status" });
   const step = (label, by) => make("button", { type: "button", textContent: label, onclick: () => show(first + by * size) });
   const [back, on] = [step("← Back", -1), step("More →", 1)];
-  after.after(make("nav", { className: "pager", ariaLabel: "Pages" }, back, where, on));
+  const pager = make("div", { className: "pager" }, back, where, on);
+  pager.setAttribute("role", "group");
+  pager.setAttribute("aria-label", "pages");
+  after.after(pager);
 
   function show(at) {
     const list = items();

@@ -118,8 +118,8 @@ def render_audit(
             + (f", {data.failed:,} unreadable" if data.failed else ""),
             "Audits that saw everything": f"{len(audited.audits) - len(blind)} of {len(audited.audits)}",
             "Digest": data.sha256,
+            "Made by": version,
             "Data": data.where,
-            "Version": version,
         },
         levels=[
             (level, NAMED[level], MEANS[level], [f for f in findings if f["severity"] == level]) for level in SEVERITIES
@@ -207,7 +207,7 @@ def _tile(
         "size": pair.size,
         "alike": [(_anchor(finding, p), one_line(p.caption or "(no caption)", 60)) for p in alike],
         "why": [(name, titles[name], one_line(why)) for name, why in reasons.get((pair.shard, pair.uid), ())],
-        "scores": [(name, f"{score:.4g}", _place(score, spreads.get(name))) for name, score in known.scores.items()],
+        "scores": [(name, _cell(score), _place(score, spreads.get(name))) for name, score in known.scores.items()],
         "facts": {"uid": pair.uid, "shard": pair.shard, "group": one_line(pair.group, 120), **known.facts},
         "before": before and {name: one_line(str(value or "")) for name, value in before.items()},
         "other_image": before and before.get("image_sha256_before") != before.get("image_sha256_after"),
