@@ -7,6 +7,7 @@ import re
 import warnings
 from dataclasses import replace
 
+import axe
 import numpy as np
 import polars as pl
 import pytest
@@ -133,6 +134,11 @@ def test_text_stands_out_from_its_ground(browser, tmp_path, scheme):
     ]:
         light, dark = sorted((luminance(text), luminance(ground)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text} on {ground}"
+
+
+def test_axe_finds_nothing(browser, tmp_path):
+    page, _, _ = open_page(browser, report(), tmp_path, bypass_csp=True)
+    assert axe.violations(page) == []
 
 
 def test_same_results_same_bytes():
