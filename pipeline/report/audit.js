@@ -126,12 +126,13 @@ all(".command").forEach((command) => {
 
 // The removal list
 
-const lists = JSON.parse(byId("lists").textContent);
+let parsed; // megabytes, which nobody waits for before they are wanted
+const listOf = (name) => (parsed ??= JSON.parse(byId("lists").textContent))[name];
 const commands = JSON.parse(byId("commands").textContent);
 const chosen = new Set();
 
 function uids(name) {
-  const bytes = atob(lists[name].listed);
+  const bytes = atob(listOf(name).listed);
   const found = [];
   for (let at = 0; at < bytes.length; at += 16) {
     let uid = "";
@@ -148,14 +149,14 @@ function quoted(text) { // for a shell
 function removal() {
   const findings = new Map(); // uid -> names
   for (const name of chosen) {
-    if (lists[name].listed === null) continue;
+    if (listOf(name).listed === null) continue;
     for (const uid of uids(name)) findings.set(uid, [...(findings.get(uid) ?? []), name]);
   }
   return findings;
 }
 
 function commandOf(listed, apart) {
-  const parts = apart.map((name) => lists[name]);
+  const parts = apart.map(listOf);
   if (listed) parts.push({ score: commands.score, folder: commands.folder, path: commands.path });
   const tests = parts.map(({ folder }) => `threshold(detector='${folder}:listed', above=0.5)`);
   const policy = tests.length > 1 ? `any_of(policies=(${tests.map((test) => `"${test}"`).join(", ")}))` : tests[0];
@@ -164,7 +165,7 @@ function commandOf(listed, apart) {
 }
 
 function choose() {
-  const apart = [...chosen].filter((name) => lists[name].listed === null);
+  const apart = [...chosen].filter((name) => listOf(name).listed === null);
   const listed = removal().size;
   const told = [`${number(chosen.size)} finding${chosen.size > 1 ? "s" : ""}`];
   if (listed) told.push(`${number(listed)} pair${listed > 1 ? "s" : ""} on the list`);
@@ -180,7 +181,7 @@ function choose() {
   byId("selected").querySelector("span").textContent = says;
 }
 
-if (Object.keys(lists).length) {
+if (all("[data-pick]").length) {
   byId("removal").hidden = false;
   all(".pick").forEach((label) => { label.hidden = false; });
   document.querySelector(".contents").classList.add("selectable");
