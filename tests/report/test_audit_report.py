@@ -51,10 +51,10 @@ def test_the_verdict_comes_first_and_every_finding_can_be_reached(page):
     assert "8978b337a8029ede" in first and "12,000" in first and "1 unreadable" in first
     for link in page.locator(".contents li > a").all():
         target = link.get_attribute("href")
-        assert target and page.locator(f'article[id="{target[1:]}"] h3').inner_text() == link.inner_text()
+        assert target and page.locator(f'article[id="{target[1:]}"] h3').text_content() == link.text_content()
     assert "Remedy: give some" in page.locator("section:has(> #unseen)").inner_text()
-    article = page.locator(f"#{BACKDOORS}").inner_text()
-    assert "30 pairs: 0.25% 0.18%–0.36% (95%) of 12,000" in article.replace("\n", " ")
+    article = page.locator(f"#{BACKDOORS}").text_content()  # what is out of sight is not laid out yet
+    assert "30 pairs: 0.25% 0.18%–0.36% (95%) of 12,000" in article
 
 
 def test_a_table_is_sorted_by_click_and_by_keyboard(page):
@@ -150,7 +150,7 @@ def arguments(command: str) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def test_a_list_too_long_for_the_page_is_read_from_its_file(page):
-    assert "too many for this page" in page.locator(f"#{MANY}").inner_text()
+    assert "too many for this page" in page.locator(f"#{MANY}").text_content()
     for name in (MANY, BACKDOORS):
         page.locator(f".contents [data-pick={name}]").check()
     assert f"read from their files by the command: {MANY}." in page.locator("#apart").inner_text()
@@ -206,7 +206,7 @@ def test_hostile_text_stays_text(browser, tmp_path, policy):
     page.locator(".contents [data-pick]").first.check()
     assert page.evaluate("window.ran") is None
     assert not asked and not said
-    assert "<script>window.ran = 1" in page.inner_text(".gallery .caption")
+    assert "<script>window.ran = 1" in page.locator(".gallery .caption").first.text_content()
     assert page.evaluate("[...document.scripts].filter(s => s.type != 'application/json').length") == 1
     assert "\u202e" not in page.content()
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
