@@ -92,16 +92,20 @@ def render_audit(
     version: str,
 ) -> str:
     """The page. `members` are by AUDIT-KIND; `reasons` tell in which findings a (shard, uid) is, and why."""
-    tables = {id(table): _table(table, number) for number, table in enumerate(audited.tables, 1) if table.rows}
+    names = {name_of(finding) for finding in audited.findings}
     bare = {f.audit: name_of(f) for f in reversed(audited.findings) if not f.file}  # whose tables are all it has
-    drawn = [(one, charts.tail(one.title, one.edges, one.counts, one.n, one.fence)) for one in audited.histograms]
-    own = {name_of(f): [chart for one, chart in drawn if tail_of(f, one)] for f in audited.findings}
-    used = {id(chart) for charts_of in own.values() for chart in charts_of}
-    titles = {name_of(f): f.title for f in audited.findings}
-    spreads = {one.name: one for one in audited.histograms if one.audit == "scores"}
+    tables = [(bare.get(t.audit), _table(t, number)) for number, t in enumerate(audited.tables, 1) if t.rows]
+    drawn = [
+        (name if (name := f"{one.audit}-{one.kind}") in names else None, _chart(one)) for one in audited.histograms
+    ]
+    whole = _Whole(
+        reasons,
+        {name_of(finding): finding.title for finding in audited.findings},
+        {one.name: one for one in audited.histograms if one.audit == "scores"},
+    )
     findings = [
-        _finding(f, members.get(name_of(f), Members()), own[name_of(f)], reasons, titles, spreads)
-        | {"tables": [tables[id(t)] for t in audited.tables if t.rows and bare.get(t.audit) == name_of(f)]}
+        _finding(f, members.get(name_of(f), Members()), whole)
+        | {"charts": _of(drawn, name_of(f)), "tables": _of(tables, name_of(f))}
         for f in audited.findings
     ]
     data = audited.dataset
@@ -125,8 +129,8 @@ def render_audit(
             (level, NAMED[level], MEANS[level], [f for f in findings if f["severity"] == level]) for level in SEVERITIES
         ],
         findings=findings,
-        charts=[(one.audit, chart) for one, chart in drawn if id(chart) not in used],
-        tables=[tables[id(table)] for table in audited.tables if table.rows and table.audit not in bare],
+        charts=_of(drawn, None),
+        tables=_of(tables, None),
         unseen=audited.unseen,
         selection=selection,
         lists=_json({name: _list(name, one) for name, one in members.items() if one.score}),
@@ -144,19 +148,24 @@ def name_of(finding: Finding) -> str:
     return f"{finding.audit}-{finding.kind}"
 
 
-def tail_of(finding: Finding, histogram: Histogram) -> bool:
-    """Whether the finding is about what is drawn."""
-    return finding.audit == histogram.audit and finding.kind == histogram.kind
+@dataclass(frozen=True)
+class _Whole:
+    """What pairs are told against: reasons by (shard, uid), titles by finding, the distribution of each score."""
+
+    reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]
+    titles: Mapping[str, str]
+    spreads: Mapping[str, Histogram]
 
 
-def _finding(
-    finding: Finding,
-    members: Members,
-    charts_of: list[charts.Tail],
-    reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]],
-    titles: Mapping[str, str],
-    spreads: Mapping[str, Histogram],
-) -> dict[str, Any]:
+def _of(owned: Sequence[tuple[str | None, Any]], owner: str | None) -> list[Any]:
+    return [what for name, what in owned if name == owner]
+
+
+def _chart(one: Histogram) -> charts.Tail:
+    return charts.tail(one.title, one.edges, one.counts, one.n, one.fence)
+
+
+def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any]:
     name, share = name_of(finding), finding.share
     unit = "shards" if finding.audit == "conservation" and not finding.file else "pairs"
     groups = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in members.rows), 1)}
@@ -174,10 +183,10 @@ def _finding(
         "source": finding.source,
         "action": _in_lines(finding.action),
         "removes": members.removes if members.score else 0,
+        "stays": 0 < members.removes < finding.n,
         "whole": members.listed is not None,
         "file": finding.file,
-        "charts": charts_of,
-        "tiles": [_tile(pair, name, groups, members, reasons, titles, spreads) for pair in members.tiles],
+        "tiles": [_tile(pair, name, groups, members, whole) for pair in members.tiles],
         "rows": [
             (p.uid, p.shard, groups[p.group], one_line(p.caption or ""), one_line(p.reason)) for p in members.rows
         ],
@@ -185,15 +194,7 @@ def _finding(
     }
 
 
-def _tile(
-    pair: Pair,
-    finding: str,
-    groups: Mapping[str, int],
-    members: Members,
-    reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]],
-    titles: Mapping[str, str],
-    spreads: Mapping[str, Histogram],
-) -> dict[str, Any]:
+def _tile(pair: Pair, finding: str, groups: Mapping[str, int], members: Members, whole: _Whole) -> dict[str, Any]:
     known, before = pair.known, pair.known.before
     alike = _alike(pair, members)
     return {
@@ -206,8 +207,12 @@ def _tile(
         "group": groups[pair.group] if members.groups > 1 else 0,
         "size": pair.size,
         "alike": [(_anchor(finding, p), one_line(p.caption or "(no caption)", 60)) for p in alike],
-        "why": [(name, titles[name], one_line(why)) for name, why in reasons.get((pair.shard, pair.uid), ())],
-        "scores": [(name, _cell(score), _place(score, spreads.get(name))) for name, score in known.scores.items()],
+        "why": [
+            (name, whole.titles[name], one_line(why)) for name, why in whole.reasons.get((pair.shard, pair.uid), ())
+        ],
+        "scores": [
+            (name, _cell(score), _place(score, whole.spreads.get(name))) for name, score in known.scores.items()
+        ],
         "facts": {"uid": pair.uid, "shard": pair.shard, "group": one_line(pair.group, 120), **known.facts},
         "before": before and {name: one_line(str(value or "")) for name, value in before.items()},
         "other_image": before and before.get("image_sha256_before") != before.get("image_sha256_after"),
