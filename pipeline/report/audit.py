@@ -105,7 +105,11 @@ def render_audit(
     )
     findings = [
         _finding(f, members.get(name_of(f), Members()), whole)
-        | {"charts": _of(drawn, name_of(f)), "tables": _of(tables, name_of(f))}
+        | {
+            "charts": _of(drawn, name_of(f)),
+            "tables": _of(tables, name_of(f)),
+            "see": [table for table in _of(tables, None) if table["audit"] == f.audit],
+        }
         for f in audited.findings
     ]
     data = audited.dataset
