@@ -44,5 +44,9 @@ lock:
 	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --group dev --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements.lock
 
+# A site that asks the network for nothing, in out/site; a dead link is an error.
+docs: setup
+	$(PY) -m mkdocs build --quiet && echo out/site/index.html
+
 clean:
 	rm -rf .venv out
