@@ -5,7 +5,6 @@ where it names pairs, a second look that knows the whole. Trade-off: the second 
 columns (never over images), and in return the first one's counts have a fixed size, whatever the dataset's.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline import ledger as ledgers
 from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards
+from pipeline.audit_lists import Removal, quoted, shown
 from pipeline.dataset import read_dataset
 from pipeline.embed import embeddings_path
 from pipeline.errors import InputError
@@ -50,8 +50,7 @@ if TYPE_CHECKING:
     from pipeline.audits._audit import About, Found, Report
     from pipeline.audits._schema import Audited, Finding, Unseen
 
-EXAMPLES = 12  # of a finding
-OF_A_GROUP = 4
+EXAMPLES = 12  # of a finding, in audit.json
 
 
 def audit(
@@ -67,11 +66,12 @@ def audit(
     uid: UidRule = "key",
     max_failed_shards: int = 0,
 ) -> int:
-    """Look for poison and for what is like it in SHARDS, of which nothing needs to be known; writes OUT/audit.json.
+    """Look for poison and for what is like it in SHARDS, of which nothing needs to be known; writes OUT/report.html.
 
     Args:
         shards: folder, glob, brace pattern or list file of shards; or of tables of metadata (parquet, csv, tsv).
-        out: folder for audit.json, audit.md, findings/ (a list of uids for each) and the columns that were read.
+        out: folder for report.html, its twins audit.json and audit.md, findings/ (a list of uids for each) and the
+            columns that were read.
         embeddings: folder that `mithridate embed` wrote for these shards.
         scores: folders that `mithridate score` wrote for these shards.
         ledger: default: ledger.parquet beside the shards, if there is one.
@@ -81,6 +81,7 @@ def audit(
         max_failed_shards: so many shards may be unreadable without exit code 1; they are a finding in any case.
     """
     from pipeline.audit_columns import Columns, Source, list_inputs, sha256_of_file
+    from pipeline.audit_report import write_report
 
     listed, metadata = list_inputs(shards)
     out = absolute(out)
@@ -97,8 +98,11 @@ def audit(
             job = Job("audit", facts, out, len(listed), sha256=sha256_of_file)
         markers = shard_map(job, listed, Columns(uid, metadata))
         about = _about(shards, listed, markers, out, metadata)
+        ledger = ledger or (_beside(listed) if not metadata else None)
         reports, unseen = _look(listed, about, source, ledger, attribute)
-        audited = _written(shards, out, reports, unseen, about)
+        audited, found = _written(shards, out, reports, unseen, about)
+        with_scores = bool(scores) and all(one.audit != "scores" for one in unseen)
+        write_report(audited, found, listed, about, source, with_scores, ledger)
     _print(audited, out)
     if len(about.failed) > max_failed_shards:
         named = "; ".join(about.failed.values())
@@ -140,6 +144,12 @@ def _about(
     )
 
 
+def _beside(shards: Sequence[Shard]) -> str | None:
+    """The ledger that lies there, if any."""
+    path = ledgers.beside(shards)
+    return path if exists(path) else None
+
+
 # The audits
 
 
@@ -152,8 +162,7 @@ def _look(
     from pipeline.audits._schema import Unseen
 
     there = [shard for shard in shards if shard.file in about.pairs]
-    path = ledger or ledgers.beside(shards)
-    known = ledgers.poisoned_uids(path) if ledger or (exists(path) and not source.metadata) else None
+    known = ledgers.poisoned_uids(ledger) if ledger else None
     missing = _missing(there, source, known is None)
     entries, unseen = {}, []
     for name in spec.names("audits"):
@@ -245,17 +254,18 @@ class _Mark:
 
 def _written(
     where: str, out: str, reports: Mapping[str, "Report"], unseen: Sequence["Unseen"], about: "About"
-) -> "Audited":
-    """Write audit.json, audit.md and the lists of uids."""
+) -> tuple["Audited", dict[str, "Found"]]:
+    """Write audit.json, audit.md and the lists of uids; returns what was found by AUDIT-KIND, too."""
     from pipeline.audits._markdown import markdown
     from pipeline.audits._schema import SEVERITIES, Audited, Dataset, verdict
 
     make_folder(join(out, "findings"))
     for stale in glob(join(out, "findings/*.parquet")):
         remove(stale)
+    found = {f"{audit}-{one.kind}": (audit, one) for audit, report in reports.items() for one in report.found}
     findings = tuple(
         sorted(
-            (_finding(where, out, name, one, about) for name, report in reports.items() for one in report.found),
+            (_finding(where, out, *one, about) for one in found.values()),
             key=lambda f: (SEVERITIES.index(f.severity), -(f.share.value or 0), f.audit, f.kind),
         )
     )
@@ -274,38 +284,28 @@ def _written(
     )
     write(join(out, "audit.json"), audited.json())
     write(join(out, "audit.md"), markdown(audited).encode("utf-8", "replace"))
-    return audited
+    return audited, {name: one for name, (_, one) in found.items()}
 
 
 def _finding(where: str, out: str, audit: str, found: "Found", about: "About") -> "Finding":
     from pipeline.audits._schema import Example, Finding, share_of
 
-    file = ""
+    file, name = "", f"{audit}-{found.kind}"
     examples: tuple[Example, ...] = ()
     if found.members is not None and found.members.height:
-        file = f"findings/{audit}-{found.kind}.parquet"
+        file = f"findings/{name}.parquet"
         sidecars.save(join(out, file), found.members.select("uid", "shard", "group", "reason").to_arrow())
-        shown = found.members.group_by("group", maintain_order=True).head(OF_A_GROUP).head(EXAMPLES)
         columns = ("uid", "shard", "group", "caption", "reason")
-        examples = tuple(Example(*row) for row in shown.select(columns).iter_rows())
-    action = found.remedy or _removal(where, out, join(out, file), found, f"{audit}-{found.kind}", about)
-    action = action.replace("{shards}", shlex.quote(where))
+        examples = tuple(Example(*row) for row in shown(found.members, EXAMPLES).select(columns).iter_rows())
+    if found.remedy:
+        action = found.remedy.replace("{shards}", quoted(where))
+    elif about.images:
+        action = Removal(where, out).commands(name, join(out, file), found.keep)
+    else:
+        action = f"# leave the uids of {join(out, file)} out when you download"
     share = share_of(found.n, found.of)
     told = (found.severity, found.title, found.n, share, found.explanation, found.source, action, file, examples)
     return Finding(audit, found.kind, *told)
-
-
-def _removal(where: str, out: str, file: str, found: "Found", name: str, about: "About") -> str:
-    """The commands that remove the members of a finding."""
-    if not about.images:
-        return f"# leave the uids of {file} out when you download"
-    detector = f"listed(file={file!r}{f', keep={found.keep}' if found.keep else ''})"
-    scores, clean = (shlex.quote(f"{out}-{part}/{name}") for part in ("scores", "clean"))
-    policy = "threshold(detector='listed', above=0.5)"
-    return (
-        f"mithridate score {{shards}} {scores} --detector {shlex.quote(detector)} && "
-        f"mithridate filter {{shards}} {clean} --scores {scores} --policy {shlex.quote(policy)}"
-    )
 
 
 def _print(audited: "Audited", out: str) -> None:
@@ -315,7 +315,7 @@ def _print(audited: "Audited", out: str) -> None:
         console.print(f"  {finding.severity:<8}{finding.audit}: {one_line(finding.title)}")
     for one in audited.unseen:
         console.print(f"  not looked at: {one.audit} ({one.why}); {one.remedy}")
-    console.print(f"{one_line(audited.verdict.sentence)} See {join(out, 'audit.md')}")
+    console.print(f"{one_line(audited.verdict.sentence)} See {join(out, 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ VERBS = {
         "pipeline.dose_response:dose_response",
         "ED50, protection factors and figures from results of loops",
     ),
-    "compare": ("pipeline.compare:compare", "what is different between two results"),
+    "compare": ("pipeline.compare:compare", "what is different between two results, or two audits"),
     "gallery": ("pipeline.gallery:gallery", "what the triggers look like, what a codec leaves of them, what they cost"),
     "list": (
         "pipeline.listing:list_entries",

@@ -1,4 +1,4 @@
-"""What is different between two results: before and after a filter was changed, last month and this month.
+"""What is different between two results or two audits: before and after a filter, last month and this month.
 
 Trade-off: arms are compared as they are called, so an arm whose spec has changed is only in one of the two; what has
 changed in the code under the same name is told by the versions.
@@ -18,7 +18,10 @@ from pipeline.results import ArmKey, Row
 from train.results import judged
 
 # What a folder holds -> who compares two of them: (A, B) -> Markdown. A file that is given is known by its name.
-KINDS = {results.FILE: "pipeline.compare:compare_results"}
+KINDS = {
+    results.FILE: "pipeline.compare:compare_results",
+    "audit.json": "pipeline.audits._compare:compare_audits",
+}
 MEASURED = ("success", "zeroshot_top1", "knn_top1")
 Group = tuple[str, int, ArmKey]
 
@@ -31,7 +34,7 @@ def compare(
     """What is different in B from A, as Markdown with 95% intervals; both of one kind.
 
     Args:
-        before: OUT of a loop, or its results.parquet.
+        before: OUT of a loop or of an audit, or its results.parquet or audit.json.
         after: another one.
     """
     kinds = [_kind(where) for where in (before, after)]

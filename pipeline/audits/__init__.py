@@ -1,1 +1,1 @@
-"""Audits: one file, one audit. None yet: `mithridate list audits` says so."""
+"""Audits: one file, one audit; `mithridate list audits` shows them."""

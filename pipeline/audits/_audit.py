@@ -42,8 +42,8 @@ class About:
 class Found:
     """A finding before it has a file: `members` (uid, shard, group, caption, reason), the worst groups first.
 
-    `remedy` is a command with {shards}, {out} and {file} left open; None: the one that removes the members, of which
-    `keep` of each group stay.
+    `remedy` is a command with {shards} left open; None: the one that removes the members, of which `keep` of each group
+    stay.
     """
 
     kind: str
@@ -97,6 +97,11 @@ def reasoned(members: pl.DataFrame, reason: pl.Expr) -> pl.DataFrame:
 def short(text: str, most: int = 60) -> str:
     """For a title."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def many(n: int, what: str) -> str:
+    """ "1 caption", "20 captions"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def counted(frame: pl.DataFrame, audit: str, name: str, title: str, columns: Mapping[str, str]) -> Table:

@@ -60,7 +60,7 @@ class Table:
 @dataclass(frozen=True)
 class Histogram:
     """`counts[i]` of n values lie in [edges[i], edges[i + 1]), the last bin with its end; what is above `fence` is
-    far out."""
+    far out, and a finding of this `kind` where there is one."""
 
     audit: str
     name: str
@@ -69,6 +69,7 @@ class Histogram:
     counts: tuple[int, ...]
     n: int
     fence: float | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,20 @@ def share_of(k: int, n: int) -> Rate:
 def verdict(findings: tuple[Finding, ...], unseen: tuple[Unseen, ...]) -> Verdict:
     """Of findings in order."""
     counts: dict[str, int] = {level: sum(f.severity == level for f in findings) for level in SEVERITIES}
-    told = [f"{n} {name}{'s' * (n > 1 and name != 'severe')}" for name, n in counts.items() if n]
-    sentence = f"{', '.join(told)}. {findings[0].title}." if findings else "Nothing was found."
-    if unseen:
-        sentence += f" {len(unseen)} audit{'s' * (len(unseen) > 1)} could not look."
     worst: Any = next((level for level in SEVERITIES if counts[level]), "clean")
+    blind = len({one.audit for one in unseen})
+    sentence = f"{_counted(counts)}. {_worst(findings[0])}" if findings else "Nothing was found."
+    if blind:
+        sentence += f" {blind} audit{'s' * (blind > 1)} could not look, or not at everything."
     return Verdict(worst, counts["severe"], counts["warning"], counts["note"], sentence)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    words = {"severe": "severe finding", "warning": "warning", "note": "note"}
+    told = [f"{n} {words[name]}{'s' * (n > 1)}" for name, n in counts.items() if n]
+    listed = " and ".join([", ".join(told[:-1]), told[-1]]) if len(told) > 1 else told[0]
+    return listed if counts["severe"] else f"Nothing severe; {listed}"
+
+
+def _worst(finding: Finding) -> str:
+    return f"{'The worst' if finding.severity == 'severe' else 'First of all'}: {finding.title}."

@@ -102,13 +102,14 @@ def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str,
         found = groups(marked, name, 1).sort("value", "uid", descending=[True, False])
         quartiles = [spread.quantile(share) for share in (0.25, 0.5, 0.75, 0.99, 1.0)]
         rows.append((name, spread.n, spread.unscored, *quartiles, fence, found.height))
-        out.histograms.append(histogram(audit, name, f"Distribution of {name}", spread))
+        kind = f"tail_{_slug(name, whole)}"
+        out.histograms.append(histogram(audit, name, f"Distribution of {name}", spread, kind))
         if found.height < max(LEAST, SHARE * spread.n):
             continue
         heavy = found.height > HEAVY * spread.n
         out.found.append(
             Found(
-                f"tail_{_slug(name, whole)}",
+                kind,
                 "note" if heavy else "warning",
                 f"{found.height:,} of {spread.n:,} pairs are far out in {name}: above {fence:.4g}, the highest "
                 f"{found['value'][0]:.4g}, half of all between {quartiles[0]:.4g} and {quartiles[2]:.4g}",
@@ -116,9 +117,7 @@ def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str,
                 spread.n,
                 ("So many that it is the score's own shape more than a group apart. " if heavy else "") + says,
                 source,
-                reasoned(
-                    found, pl.format(f"{name.replace('{', '{{').replace('}', '}}')} {{}}", pl.col("value").round(4))
-                ),
+                reasoned(found, pl.format("it has {}", pl.col("value").round(4))),
             )
         )
     names = ("score", "pairs", "unscored", "25%", "median", "75%", "99%", "highest", "fence", "above")
@@ -134,11 +133,12 @@ def _slug(name: str, among: Iterable[str]) -> str:
     return short[name] + (f"_{alike.index(name)}" if len(alike) > 1 else "")
 
 
-def histogram(audit: str, name: str, title: str, spread: Spread) -> Histogram:
-    """Of equal bins from the least to the greatest."""
+def histogram(audit: str, name: str, title: str, spread: Spread, kind: str) -> Histogram:
+    """Of equal bins from the least to the greatest; findings of this kind are about its tail."""
     values, there = _values(), spread.counts > 0
     low, high = float(values[there].min()), float(values[there].max())
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     counts, _ = np.histogram(values[there], edges, weights=spread.counts[there])
     fence = spread.fence if np.isfinite(spread.fence) else None
-    return Histogram(audit, name, title, tuple(edges.tolist()), tuple(int(c) for c in counts.round()), spread.n, fence)
+    bins = tuple(int(c) for c in counts.round())
+    return Histogram(audit, name, title, tuple(edges.tolist()), bins, spread.n, fence, kind)

@@ -16,7 +16,7 @@ from filters._batch import unit
 from filters._captions import normalised, present
 from filters.caption_frequency import caption_frequency
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned, short
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, many, marks, reasoned, short
 
 SHARE = 1e-4  # of all pairs, as of the clusters of equal pictures
 LEAST = 16  # pairs; the mean cosine of fewer is any value, and four drawings of one thing do look alike
@@ -85,8 +85,8 @@ class caption_clusters:
                 Found(
                     "tight",
                     "severe",
-                    f"{members.height:,} pairs under {tight.height:,} captions show images that lie together, the "
-                    f"largest {members['size'][0]:,} times {short(members['group'][0])!r}",
+                    f"{members.height:,} pairs under {many(tight.height, 'caption')} show images that lie together, "
+                    f"the largest {members['size'][0]:,} times {short(members['group'][0])!r}",
                     members.height,
                     n,
                     "One caption on one motif is a shortcut that a model learns like a planted trigger, also where no "

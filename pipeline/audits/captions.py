@@ -15,7 +15,7 @@ from filters._captions import normalised, present
 from filters.caption_frequency import caption_frequency
 from filters.caption_template import caption_template
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned, short
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, many, marks, reasoned, short
 from pipeline.audits._schema import Unseen
 
 FLOOD_SHARE = 1e-4  # of all pairs: the dose at which captions of one class made a backdoor (Carlini & Terzis 2022)
@@ -70,8 +70,9 @@ class captions:
                 Found(
                     "flood",
                     "warning",
-                    f"{floods['group'].n_unique():,} captions are shared by {flood:,.0f} pairs or more each, the "
-                    f"commonest ({short(floods['group'][0])!r}) by {floods['size'][0]:,}",
+                    f"{floods.height:,} pairs have a caption that occurs {flood:,.0f} times or more: "
+                    f"{many(floods['group'].n_unique(), 'caption')}, the commonest ({short(floods['group'][0])!r}) "
+                    f"{floods['size'][0]:,} times",
                     floods.height,
                     merged.n,
                     "What is repeated word for word is learnt by heart: a target caption is planted like this, and "
@@ -87,8 +88,8 @@ class captions:
                 Found(
                     "template",
                     "warning" if widest >= TEMPLATE_WARNING * merged.n else "note",
-                    f"{templates['group'].n_unique():,} templates make {templates.height:,} captions, the commonest "
-                    f"({short(templates['group'][0])!r}) {widest:,}",
+                    f"{templates.height:,} captions are made from {many(templates['group'].n_unique(), 'template')}, "
+                    f"the commonest ({short(templates['group'][0])!r}) {widest:,} times",
                     templates.height,
                     merged.n,
                     "Captions that differ in one word come from a machine: a shop's, or an attacker's who needs many "

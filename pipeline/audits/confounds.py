@@ -88,7 +88,7 @@ class confounds:
                 Found(
                     "leak",
                     "warning",
-                    f"facts of {name} alone tell known poisons from clean pairs: AUROC {worst['auroc']:.2f} "
+                    f"Known poisons can be told from clean pairs by facts of {name} alone: AUROC {worst['auroc']:.2f} "
                     f"({worst['auroc_low']:.2f}–{worst['auroc_high']:.2f})",
                     merged.known,
                     merged.n,

@@ -14,7 +14,7 @@ import polars as pl
 from filters._captions import present
 from filters._sketch import hashed
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned, short
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, many, marks, reasoned, short
 from pipeline.audits._schema import Severity, Unseen
 
 MOST = 10_000_000  # pairs whose uids are compared: 8 bytes of the driver's memory each
@@ -88,15 +88,16 @@ class conservation:
                 why = "Such pairs teach nothing, and jobs count them as failed. Where one shard has most of them, its "
                 why += "download or its disk is at fault."
                 reason = reasoned(found, pl.lit(f"it has {what}"))
-                title = f"{found.height:,} of {n:,} pairs have {what}"
+                title = f"{found.height:,} of {many(n, 'pair')} {'have' if found.height > 1 else 'has'} {what}"
                 out.found.append(Found(kind, severity, title, found.height, n, why, "ours", reason))
         repeated = groups(marked, "repeated", 2)
         if repeated.height:
+            clashing = many(repeated["group"].n_unique(), "uid")
             out.found.append(
                 Found(
                     "repeated",
                     "severe" if about.images else "warning",
-                    f"{repeated.height:,} pairs share a uid with another, {repeated['group'].n_unique():,} uids in all",
+                    f"{repeated.height:,} pairs share a uid with another: {clashing} in all",
                     repeated.height,
                     n,
                     "Everything is joined by uid: scores, ledgers and keep-lists of one pair hold for the other too. "

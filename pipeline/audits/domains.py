@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, many, marks
 from pipeline.audits._schema import Unseen
 
 WARNING = 0.1  # of all pairs: whoever holds this domain decides what a tenth of the data shows
@@ -43,13 +43,17 @@ class domains:
         columns = {"domain": "domain", "samples": "pairs", "share": "share"}
         out = Report(tables=[counted(table, "domains", "domains", "Pairs by registrable domain", columns)])
         effective = n**2 / int((table["samples"].cast(pl.Int64) ** 2).sum())
-        tops = ", ".join(f"{table['share'].head(top).sum():.1%} on the first {top}" for top in TOPS if top < len(table))
+        tops = ", ".join(
+            f"{table['share'].head(top).sum():.1%} on the {f'first {top}' if top > 1 else 'first'}"
+            for top in TOPS
+            if top < len(table)
+        )
         found = groups(marked, "concentrated", 1)
         out.found.append(
             Found(
                 "concentrated",
                 "warning" if found.height else "note",
-                f"{n:,} pairs come from {len(table):,} domains, as if from {effective:,.1f} equal ones"
+                f"{n:,} pairs come from {many(len(table), 'domain')}, as if from {effective:,.1f} equal ones"
                 + (f": {tops}" if tops else ""),
                 found.height,
                 n,

@@ -15,7 +15,7 @@ from filters._sketch import count
 from filters.image_copies import image_copies
 from filters.image_duplicates import image_duplicates, shared_keys
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, many, marks, reasoned
 from pipeline.audits._clusters import clustered, marked_by_keys, standing_out
 from pipeline.audits._schema import Unseen
 
@@ -63,9 +63,9 @@ class duplicates:
         if least > LEAST:
             why = f"groups of fewer than {least:,.0f} images do not stand out among {merged.n:,}"
             out.unseen.append(Unseen("duplicates", why, "audit parts of the shards"))
-        for kind, what, how in (
-            ("exact", "have the same bytes as another", "sha256"),
-            ("near", "look like another", "perceptual hash"),
+        for kind, what, alike, how in (
+            ("exact", "have the same bytes as another", "with the same bytes", "sha256"),
+            ("near", "look like another", "that look alike", "perceptual hash"),
         ):
             own = marked.filter(pl.col("kind") == kind)
             found = groups(clustered(own) if kind == "near" else own.drop("keys"), kind, LEAST)
@@ -79,14 +79,14 @@ class duplicates:
                 Found(
                     kind,
                     "warning" if much else "note",
-                    f"{found.height:,} images in {first.height:,} groups {what} ({how}), {found['size'][0]:,} in the "
-                    "largest group",
+                    f"{found.height:,} images in {many(first.height, 'group')} {what} ({how}), "
+                    f"{found['size'][0]:,} in the largest group",
                     found.height,
                     merged.n,
                     "Copies are learnt by heart and count several times in every statistic; placeholders of dead "
                     "links, logos, and floods of one poisoned picture are copies.",
                     "Webster et al. 2023 (30% of LAION-2B); Lee et al., ACL 2022",
-                    reasoned(found, pl.format(f"{{}} images {what} ({how})", "size")),
+                    reasoned(found, pl.format(f"one of {{}} images {alike} ({how})", "size")),
                     keep=1,
                 )
             )

@@ -55,7 +55,7 @@ class encoding:
         score, fence = _scored(np.empty((0, len(NAMES)), np.float32), merged.pool, whole=True)
         spread = Spread.of(score)
         title = "How unusual the encoding is, in a random pool"
-        out = Report(histograms=[histogram("encoding", "outlier", title, spread)])
+        out = Report(histograms=[histogram("encoding", "outlier", title, spread, "outlier")])
         found = groups(marked, "outlier", 1)
         first = found.unique("group", keep="first", maintain_order=True)
         columns = {"group": "written like", "size": "pairs", "value": "score of one", "uid": "uid"}
@@ -66,7 +66,8 @@ class encoding:
                 Found(
                     "outlier",
                     "warning" if widest >= max(LEAST, SHARE * merged.n) else "note",
-                    f"{found.height:,} of {merged.n:,} are encoded unlike the rest, {widest:,} of them in one way",
+                    f"{found.height:,} of {merged.n:,} images and their records are encoded unlike the rest, "
+                    f"{'all' if widest == found.height else f'{widest:,}'} of them in one way",
                     found.height,
                     merged.n,
                     "Who edits pictures writes them with tables, sizes and records of another program: many pairs "

@@ -78,7 +78,7 @@ class leakage:
                 Found(
                     "attribute",
                     "warning" if low > WARNING else "note",
-                    f"{family} alone tell pairs with {_listed(self.words)} from others: AUROC "
+                    f"Pairs with {_listed(self.words)} can be told from others by {family} alone: AUROC "
                     f"{auroc:.2f} ({low:.2f}–{high:.2f}), at most {control:.2f} with permuted labels",
                     merged.named,
                     merged.named + merged.other,

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.audit_columns import Rows
-from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, marks, reasoned, short
+from pipeline.audits._audit import About, Found, Marks, Report, counted, groups, many, marks, reasoned, short
 from pipeline.audits._schema import Unseen
 from pipeline.audits.domains import by_domain
 from pipeline.published import SUSPECT, surprising
@@ -65,8 +65,8 @@ class split_view:
                 Found(
                     "swapped",
                     "warning",
-                    f"{found.height:,} images of {found['group'].n_unique():,} domains are not those whose hash was "
-                    f"published, on {short(worst['domain'])} {worst['unexplained']:,} of {worst['samples']:,}",
+                    f"{found.height:,} images of {many(found['group'].n_unique(), 'domain')} are not those whose hash "
+                    f"was published, on {short(worst['domain'])} {worst['unexplained']:,} of {worst['samples']:,}",
                     found.height,
                     n,
                     "When a domain changes hands all its pictures change at once, and the new owner chooses what a "

@@ -1,8 +1,9 @@
-"""Results -> one HTML file a person wants to look at, and the same tables for the terminal.
+"""Results -> one HTML file a person wants to look at, and the same tables for the terminal; and audits (`audit.py`).
 
 The file holds everything it shows and asks the network for nothing. Its content policy allows one style sheet, by hash,
-and images that are part of the page; there is no script. Captions and images come from a poisoned dataset: text is
-escaped and made visible (`text.py`), every image is decoded here and encoded anew, so no stored byte reaches a browser.
+and images that are part of the page; a script, by hash too, only an audit's page has, which is whole without it.
+Captions and images come from a poisoned dataset: text is escaped and made visible (`text.py`), every image is decoded
+here and encoded anew, so no stored byte reaches a browser.
 """
 
 import base64
@@ -70,32 +71,44 @@ def render(
     from pipeline.report import charts, tables
 
     arm_groups, detector_groups = tables.arm_groups(arms), tables.detector_groups(detectors)
-    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return (
-        _environment()
-        .get_template("template.html")
-        .render(
-            title=title,
-            facts=facts,
-            verdict=verdict,
-            command=command,
-            style=style,
-            policy=f"{POLICY}; style-src 'sha256-{digest}'",
-            arms=arm_groups,
-            arms_caveat=tables.caveat(arm_groups),
-            main=tables.main_measures(arm_groups),
-            every=tables.measured(arm_groups, tables.MEASURES),
-            measures=tables.MEASURES,
-            detectors=detector_groups,
-            detectors_caveat=tables.caveat(detector_groups),
-            budgets={m: tables.BUDGETS[m] for m in tables.measured(detector_groups, tables.BUDGETS)},
-            shared_n=tables.shared_n,
-            scatters=charts.scatters(arm_groups),
-            histograms=[charts.bars(histogram) for histogram in histograms],
-            galleries={name: [_card(tile) for tile in tiles] for name, tiles in galleries.items()},
-        )
+    return page(
+        "loop.html",
+        ("style.css",),
+        title=title,
+        facts=facts,
+        verdict=verdict,
+        command=command,
+        arms=arm_groups,
+        arms_caveat=tables.caveat(arm_groups),
+        main=tables.main_measures(arm_groups),
+        every=tables.measured(arm_groups, tables.MEASURES),
+        measures=tables.MEASURES,
+        detectors=detector_groups,
+        detectors_caveat=tables.caveat(detector_groups),
+        budgets={m: tables.BUDGETS[m] for m in tables.measured(detector_groups, tables.BUDGETS)},
+        shared_n=tables.shared_n,
+        scatters=charts.scatters(arm_groups),
+        histograms=[charts.bars(histogram) for histogram in histograms],
+        galleries={name: [_card(tile) for tile in tiles] for name, tiles in galleries.items()},
     )
+
+
+def page(template: str, styles: Sequence[str], script: str = "", **told: Any) -> str:
+    """A template of this folder as one file, whose policy allows these styles and this script and nothing else."""
+    style = "".join(_text(name) for name in styles)
+    program = _text(script) if script else ""
+    policy = f"{POLICY}; style-src 'sha256-{_sha256(style)}'"
+    if program:  # which may call nothing that makes markup or code of text
+        policy += f"; script-src 'sha256-{_sha256(program)}'; require-trusted-types-for 'script'; trusted-types 'none'"
+    return _environment().get_template(template).render(style=style, script=program, policy=policy, **told)
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def print_tables(arms: "pl.DataFrame", detectors: "pl.DataFrame", console: "Console") -> None:
@@ -135,10 +148,10 @@ def _spec(value: str) -> "Markup":
 
 
 def _card(tile: Tile) -> dict[str, Any]:
-    thumbnail = _thumbnail(tile.image)
+    small = thumbnail(tile.image)
     return {
-        "source": thumbnail and f"data:image/webp;base64,{base64.b64encode(thumbnail[0]).decode()}",
-        "exact": thumbnail and thumbnail[1],
+        "source": small and data_url(small[0]),
+        "exact": small and small[1],
         "caption": one_line(tile.caption),
         "note": one_line(tile.note),
         "uid": one_line(tile.uid, 64),
@@ -147,7 +160,11 @@ def _card(tile: Tile) -> dict[str, Any]:
     }
 
 
-def _thumbnail(data: bytes) -> tuple[bytes, bool] | None:
+def data_url(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def thumbnail(data: bytes) -> tuple[bytes, bool] | None:
     """WebP of at most 128 pixels a side and whether it is exact, or None for what is no image."""
     from PIL import Image
 

@@ -70,6 +70,20 @@ class Bars:
     width, height, axis, reach = 340, 178, 82, 72
 
 
+@dataclass(frozen=True)
+class Tail:
+    """A histogram with its fence: what lies above is drawn in the colour of suspicion."""
+
+    title: str
+    bulk: str
+    tail: str
+    ticks: list[Tick]
+    fence: float | None
+    caption: str
+
+    width, height, axis, reach = 340, 128, 104, 96
+
+
 def scatters(groups: Sequence[Group]) -> list[Scatter]:
     """One chart per attack and dose that has both measures, all on the same axes."""
     ys, xs = measured(groups, ATTACK_MEASURES), measured(groups, UTILITY_MEASURES)
@@ -191,13 +205,35 @@ def bars(histogram: "Histogram") -> Bars:
     )
 
 
-def _outline(heights: np.ndarray) -> str:
+def tail(title: str, edges: Sequence[float], counts: Sequence[int], n: int, fence: float | None) -> Tail:
+    """Heights are logarithmic: ten pairs far out are seen beside a million that are not."""
+    low, high = edges[0], edges[-1]
+    heights = np.log10(1 + np.asarray(counts, np.float64))
+    heights *= -Tail.reach / max(heights.max(), 1e-9)
+    far = np.asarray(edges[:-1]) >= (math.inf if fence is None else fence)
+    place = Tail.width / (high - low)
+    within = fence is not None and low <= fence <= high
+    said = [f"{count(n)} values; heights are logarithmic."]
+    if fence is not None:
+        where = f"Fence: {_number(fence)}" + ("." if within else ", outside of what occurs.")
+        said.append(where)
+    return Tail(
+        title,
+        _outline(np.where(far, 0, heights), Tail.axis),
+        _outline(np.where(far, heights, 0), Tail.axis),
+        [((t - low) * place, _number(t)) for t in _ticks(low, high, 4)],
+        (fence - low) * place if fence is not None and within else None,
+        " ".join(said),
+    )
+
+
+def _outline(heights: np.ndarray, axis: float = Bars.axis) -> str:
     """The steps of a histogram as one closed SVG path from the axis."""
     if not heights.any():
         return ""
     step = Bars.width / len(heights)
-    steps = [f"V{Bars.axis + h:.1f}H{(i + 1) * step:.1f}" for i, h in enumerate(heights)]
-    return f"M0 {Bars.axis}{''.join(steps)}V{Bars.axis}Z"
+    steps = [f"V{axis + h:.1f}H{(i + 1) * step:.1f}" for i, h in enumerate(heights)]
+    return f"M0 {axis}{''.join(steps)}V{axis}Z"
 
 
 def _last_removed(histogram: "Histogram") -> float | None:

@@ -1,5 +1,6 @@
 """An audit finds what is planted, one of each kind, says what it could not look at, and leaves a clean set in peace."""
 
+import base64
 import hashlib
 import io
 import json
@@ -19,8 +20,10 @@ from pipeline import ledger, spec
 from pipeline.audit import audit
 from pipeline.audit_columns import Rows
 from pipeline.audits._audit import About
-from pipeline.audits._schema import Audited, Finding
+from pipeline.audits._compare import compare_audits
+from pipeline.audits._schema import Audited, Dataset, Finding, share_of, verdict
 from pipeline.cli import run
+from pipeline.compare import compare
 from pipeline.embed import _write as write_embeddings
 from pipeline.errors import InputError
 from pipeline.shard_map import ShardsFailed
@@ -411,3 +414,56 @@ def test_the_embedded_drawings_have_nothing_severe(tmp_path):
 
     assert audit(embedded().shards, str(tmp_path / "out"), fail_on="severe", attribute=("woman", "girl")) == 0
     assert read(tmp_path / "out").dataset.pairs == 11_801
+
+
+# What is made of it
+
+
+def test_the_report_shows_what_was_found(planted):
+    _, out, _ = planted
+    html = (out / "report.html").read_text(encoding="utf-8")
+    for name in found(out):
+        assert f'<article class="finding" id="{name}"' in html
+    cakes = html.split('id="natural_backdoors-near_identical"')[1].split("</article>")[0]
+    assert cakes.count("data:image/webp;base64,") == 8
+    assert "one of 8 nearly identical images with this caption" in cakes
+    poisons = html.split('id="confounds-known_poison"')[1].split("</article>")[0]
+    assert "Its history" in poisons and "mine:mine()" in poisons and "published similarity" in poisons
+    assert "no image</div>" in html.split('id="conservation-no_image"')[1].split("</article>")[0]
+    lists = json.loads(html.split('id="lists">')[1].split("</script>")[0])
+    gone = bytes.hex(base64.b64decode(lists["natural_backdoors-near_identical"]["listed"]))
+    listed = pl.read_parquet(out / "findings/natural_backdoors-near_identical.parquet")["uid"]
+    assert [gone[i : i + 32] for i in range(0, len(gone), 32)] == sorted(listed)[1:], "one of the copies stays"
+    assert "leakage-attribute" not in lists, "its command removes nothing"
+
+
+def test_two_audits_are_compared(planted, untouched, capsys):
+    assert compare(str(untouched[1]), str(planted[1] / "audit.json")) == 0
+    said = capsys.readouterr().out
+    assert "| new | – → 🔴 severe | natural\\_backdoors\\: near\\_identical | – → 8 |" in said
+    assert "| new (A did not look, or not at everything) | – → 🔴 severe | confounds\\: known\\_poison |" in said
+    assert re.search(r"\| onefarm\.com \| (\?|–) → 1\d\d \|", said)
+    assert compare(str(planted[1]), str(untouched[1])) == 0
+    assert "| gone | 🔴 severe → – | natural\\_backdoors\\: near\\_identical | 8 → – |" in capsys.readouterr().out
+    assert compare(str(planted[1]), str(planted[1])) == 0
+    said = capsys.readouterr().out
+    assert "Both are of the same data." in said
+    assert not re.search(r"^\| (new|gone|larger|smaller)", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("n", "change"), [(200, "about the same"), (400, "larger"), (60, "smaller")])
+def test_a_share_that_changed_is_told_with_its_interval(tmp_path, n, change):
+    for name, count in (("a", 200), ("b", n)):
+        one = Finding("captions", "flood", "warning", "t", count, share_of(count, 10_000), "", "", "", "", ())
+        whole = Dataset(name, "shards", 1, 0, 10_000, name)
+        (tmp_path / name).mkdir()
+        audited = Audited(whole, verdict((one,), ()), (one,), (), (), (), ())
+        (tmp_path / name / "audit.json").write_bytes(audited.json())
+    said = compare_audits(str(tmp_path / "a"), str(tmp_path / "b"))
+    (row,) = (line for line in said.splitlines() if "captions" in line)
+    low, high = (float(x) for x in re.findall(r"\(([+-][\d.]+) – ([+-][\d.]+)\)", row)[0])
+    assert row.startswith(f"| {change} |")
+    assert low <= (n - 200) / 100 <= high
+    (tmp_path / "a/audit.json").write_bytes(b"{}")
+    with pytest.raises(InputError, match="audit the dataset again"):
+        compare_audits(str(tmp_path / "a"), str(tmp_path / "b"))

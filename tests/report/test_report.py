@@ -6,13 +6,14 @@ import io
 import re
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
+import axe
 import numpy as np
 import polars as pl
 import pytest
 import report_data as data
 from PIL import Image
+from report_page import open_page
 from rich.console import Console
 
 from pipeline.report import Histogram, Tile, print_tables, render
@@ -54,29 +55,6 @@ def hostile_report() -> str:
         title=mark, verdict=mark, command=mark, facts={mark: mark}, arms=arms, detectors=detectors,
         histograms=histograms, galleries={mark: tiles},
     )  # fmt: skip
-
-
-def open_page(browser, html: str, folder: Path, **context):
-    """The page as a reader opens it, what it asked the network for (and was denied), and its complaints."""
-    file = folder / "report.html"
-    file.write_text(html, encoding="utf-8")
-    page = browser.new_context(**context).new_page()
-    asked: list[str] = []
-    said: list[str] = []
-
-    def deny(route):
-        if route.request.url == file.as_uri():
-            return route.continue_()
-        asked.append(route.request.url)
-        return route.abort()
-
-    page.route("**/*", deny)
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(dialog.message))
-    page.goto(file.as_uri())
-    page.wait_for_timeout(200)
-    return page, asked, said
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -156,6 +134,11 @@ def test_text_stands_out_from_its_ground(browser, tmp_path, scheme):
     ]:
         light, dark = sorted((luminance(text), luminance(ground)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text} on {ground}"
+
+
+def test_axe_finds_nothing(browser, tmp_path):
+    page, _, _ = open_page(browser, report(), tmp_path, bypass_csp=True)
+    assert axe.violations(page) == []
 
 
 def test_same_results_same_bytes():

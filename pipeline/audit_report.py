@@ -1,0 +1,172 @@
+"""What the report of an audit shows: the pairs that findings name, with their pictures, scores and history.
+
+Trade-off: shards that have a pair to show are read once more, for its picture; the columns that were kept have the
+rest. How many pairs are shown and listed is bounded, whatever the findings have.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from filters.listed import unwanted
+from pipeline import ledger as ledgers
+from pipeline import sidecars
+from pipeline.audit_columns import Rows, Source
+from pipeline.audit_lists import Removal, quoted, shown
+from pipeline.audits._audit import CAPTION, About, Found
+from pipeline.audits._schema import Audited
+from pipeline.columns import read_columns
+from pipeline.report import thumbnail
+from pipeline.report.audit import Known, Members, Pair, Selection, render_audit
+from pipeline.shard_map import each
+from pipeline.shards import Shard
+from pipeline.shards.store import join, write
+
+TILES, ROWS = 48, 200  # of a finding
+PICTURES = 1_500  # of a page: some 9 MB of photographs
+LISTED, LISTED_IN_ALL = 100_000, 400_000  # uids of a finding and of a page: 21 bytes each
+SELECTED = "removal"  # what a reader selects is called so
+Place = tuple[str, str]  # shard, uid
+
+
+def write_report(
+    audited: Audited,
+    found: Mapping[str, Found],
+    shards: Sequence[Shard],
+    about: About,
+    source: Source,
+    with_scores: bool,
+    ledger: str | None,
+) -> None:
+    """Write OUT/report.html; `found` is by AUDIT-KIND."""
+    named = {name: one.members for name, one in found.items() if one.members is not None and one.members.height}
+    tiles = {name: shown(members, min(TILES, PICTURES // len(named))) for name, members in named.items()}
+    places = {place for of in tiles.values() for place in of.select("shard", "uid").iter_rows()}
+    known = _known(shards, about, source, with_scores, ledger, places)
+    removal = Removal(audited.dataset.where, source.out)
+    members = {}
+    left = LISTED_IN_ALL
+    for name, of in sorted(
+        named.items(), key=lambda item: item[1].height
+    ):  # more lists are whole if short ones are first
+        sized = of.with_columns(size=pl.len().over("group"))
+        told = Members(
+            [_pair(row, known) for row in shown(sized, len(tiles[name])).iter_rows(named=True)] if about.images else (),
+            [_pair(row, {}) for row in shown(sized, ROWS).iter_rows(named=True)],
+            of["group"].n_unique(),
+        )
+        if about.images and found[name].remedy is None:
+            gone = sorted(unwanted(of["uid"], of["group"], found[name].keep))
+            whole = len(gone) <= min(LISTED, left)
+            left -= len(gone) * whole
+            told = Members(
+                told.tiles,
+                told.rows,
+                told.groups,
+                len(gone),
+                bytes.fromhex("".join(gone)) if whole else None,
+                removal.score(name, join(source.out, f"findings/{name}.parquet"), found[name].keep),
+                quoted(removal.scores(name)),
+            )
+        members[name] = told
+    file = f"{SELECTED}.csv"
+    selection = Selection(
+        file, removal.score(SELECTED, file), quoted(removal.scores(SELECTED)), SELECTED, removal.filter(SELECTED)
+    )
+    from pipeline.cli import version_text
+
+    page = render_audit(audited, members, _reasons(named, places), selection, version_text())
+    write(join(source.out, "report.html"), page.encode("utf-8", "replace"))
+
+
+def _pair(row: Mapping[str, object], known: Mapping[Place, Known]) -> Pair:
+    columns = ("uid", "shard", "group", "size", "caption", "reason")
+    told = {name: row[name] for name in columns}
+    return Pair(**told, known=known.get((str(row["shard"]), str(row["uid"])), Known()))  # type: ignore[arg-type]
+
+
+def _reasons(named: Mapping[str, pl.DataFrame], places: set[Place]) -> dict[Place, list[tuple[str, str]]]:
+    """Of each of these pairs the findings that it is in."""
+    uids = [uid for _, uid in places]
+    out: dict[Place, list[tuple[str, str]]] = {place: [] for place in sorted(places)}
+    for name, members in named.items():
+        about = members.filter(pl.col("uid").is_in(uids)).unique(["shard", "uid"], keep="first", maintain_order=True)
+        for shard, uid, reason in about.select("shard", "uid", "reason").iter_rows():
+            if (shard, uid) in out:
+                out[shard, uid].append((name, reason))
+    return out
+
+
+# From the shards
+
+
+def _known(
+    shards: Sequence[Shard], about: About, source: Source, with_scores: bool, ledger: str | None, places: set[Place]
+) -> dict[Place, Known]:
+    wanted: dict[str, set[str]] = {}
+    for name, uid in places:
+        wanted.setdefault(name, set()).add(uid)
+    before: dict[str, dict[str, object]] = {}
+    if ledger:
+        rows = ledgers.rows_of(ledgers.read(ledger), sorted({uid for _, uid in places}))
+        before = {row["uid"]: row for row in rows}
+    some = [shard for shard in shards if shard.name in wanted]
+    look = _Look(source, about.sha256, with_scores)
+    out: dict[Place, Known] = {}
+    for shard, found in each("pictures", some, look, wanted, before):
+        if isinstance(found, _Found):  # a shard that is gone by now shows no picture
+            out |= {(shard.name, uid): one for uid, one in found.of.items()}
+    return out
+
+
+@dataclass(frozen=True)
+class _Found:
+    read: int
+    of: Mapping[str, Known]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is known of pairs of a shard."""
+
+    source: Source
+    sha256: Mapping[str, str]
+    with_scores: bool
+
+    def __call__(
+        self, shard: Shard, wanted: Mapping[str, set[str]], before: Mapping[str, Mapping[str, object]]
+    ) -> _Found:
+        uids = sorted(wanted[shard.name])
+        rows = self.source.rows(shard, self.sha256[shard.file], {"scores"} if self.with_scores else (), ())
+        pictures = {}
+        if not self.source.metadata:
+            images = read_columns(shard, self.source.inputs.uid, {"image"}, uids)
+            pictures = {uid: thumbnail(image or b"") for uid, image in zip(images["uid"], images["image"], strict=True)}
+        at = sidecars.rows_of(uids, rows.uid)
+        scores = {
+            uid: {name: float(values[row]) for name, values in rows.scores.items()}
+            for uid, row in zip(uids, at, strict=True)
+        }
+        told = {
+            uid: Known(pictures.get(uid), _facts(rows, row), scores[uid], before.get(uid))
+            for uid, row in zip(uids, at.tolist(), strict=True)
+        }
+        return _Found(len(told), told)
+
+
+def _facts(rows: Rows, row: int) -> dict[str, str]:
+    """What its record says, as far as there is something."""
+    out = {}
+    if len(rows.size) and np.isfinite(rows.size[row]).all():
+        out["size"] = "{:.0f} × {:.0f}".format(*rows.size[row])
+    if len(rows.url) and rows.url[row]:
+        out["url"] = str(rows.url[row])[:CAPTION]
+    if len(rows.published_similarity) and np.isfinite(rows.published_similarity[row]):
+        out["published similarity"] = f"{rows.published_similarity[row]:.3f}"
+    if len(rows.hash_agrees) and np.isfinite(rows.hash_agrees[row]):
+        out["published hash"] = "agrees" if rows.hash_agrees[row] else "is of another image"
+    if len(rows.image_sha256) and rows.image_sha256[row]:
+        out["image sha256"] = str(rows.image_sha256[row])
+    return out
