@@ -95,8 +95,9 @@ def test_earlier_embeddings_are_joined_by_uid_in_batch_and_pool(tmp_path):
     assert (facts(tmp_path / "s")["model"], facts(tmp_path / "s")["earlier_model"]) == ("m9", "m2")
 
 
-# want traces, a ledger, a checkpoint, a server, another detector, or more pairs in a shard
+# want traces, a ledger, a list, a checkpoint, a server, another detector, or more pairs in a shard
 WITH_MORE = (
+    "listed",
     "trace",
     "early_loss",
     "similarity_slope",
