@@ -19,6 +19,14 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Threads that spin while they wait for a core that another has make seconds minutes; read when torch is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+LONG = ("test_train_run.py", "test_ray_job.py", "test_object_store_jobs.py", "test_failures.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of two processes neither waits for the other at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def drawing(i: int) -> tuple[Image.Image, str]:
     """Picture i, its place and size random, and the words for it."""

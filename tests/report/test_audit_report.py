@@ -82,7 +82,9 @@ def test_pages_turn_and_show_everything_once(page):
     pager, seen = page.locator(f"#{BACKDOORS} .gallery + .pager"), []
     assert pager.get_by_role("button").first.is_disabled()
     while True:
-        shown = gallery.locator("> li:visible .caption").all_inner_texts()
+        shown = gallery.locator(
+            "> li:visible .caption"
+        ).all_text_contents()  # innerText is empty where nothing was laid out yet
         assert len(shown) <= 12
         seen += shown
         if pager.get_by_role("button").last.is_disabled():
