@@ -111,7 +111,7 @@ def test_two_runs_at_once_write_what_one_writes(server, workers, bucket, tars, t
     joined = {**os.environ, "RAY_ADDRESS": workers}
     both = [subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=joined) for _ in range(2)]
     for one in both:
-        said = one.communicate(timeout=120)[1]
+        said = one.communicate(timeout=280)[1]
         assert one.returncode == 0, said
     poison(str(tars), str(tmp_path / "out"), attack=PATCH, dose="6")
     here = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name != ".lock"}
