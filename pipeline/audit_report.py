@@ -5,7 +5,7 @@ rest. How many pairs are shown and listed is bounded, whatever the findings have
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -20,7 +20,7 @@ from pipeline.audits._schema import Audited
 from pipeline.columns import read_columns
 from pipeline.report import thumbnail
 from pipeline.report.audit import Known, Members, Pair, Selection, render_audit
-from pipeline.shard_map import each
+from pipeline.shard_map import each, succeeded
 from pipeline.shards import Shard
 from pipeline.shards.store import join, write
 
@@ -61,14 +61,12 @@ def write_report(
             gone = sorted(unwanted(of["uid"], of["group"], found[name].keep))
             whole = len(gone) <= min(LISTED, left)
             left -= len(gone) * whole
-            told = Members(
-                told.tiles,
-                told.rows,
-                told.groups,
-                len(gone),
-                bytes.fromhex("".join(gone)) if whole else None,
-                removal.score(name, join(source.out, f"findings/{name}.parquet"), found[name].keep),
-                quoted(removal.scores(name)),
+            told = replace(
+                told,
+                removes=len(gone),
+                listed=bytes.fromhex("".join(gone)) if whole else None,
+                score=removal.score(name, join(source.out, f"findings/{name}.parquet"), found[name].keep),
+                path=quoted(removal.scores(name)),
             )
         members[name] = told
     file = f"{SELECTED}.csv"
@@ -115,9 +113,9 @@ def _known(
     some = [shard for shard in shards if shard.name in wanted]
     look = _Look(source, about.sha256, with_scores)
     out: dict[Place, Known] = {}
-    for shard, found in each("pictures", some, look, wanted, before):
-        if isinstance(found, _Found):  # a shard that is gone by now shows no picture
-            out |= {(shard.name, uid): one for uid, one in found.of.items()}
+    pictures = each("pictures", some, look, wanted, before)
+    for shard, found in succeeded(pictures, most=len(some)):  # a shard that is gone by now shows no picture
+        out |= {(shard.name, uid): one for uid, one in found.of.items()}
     return out
 
 

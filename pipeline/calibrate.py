@@ -30,11 +30,12 @@ from pipeline.inputs import EARLIER, EMBEDDED
 from pipeline.plan import Dose
 from pipeline.poison import poison
 from pipeline.progress import run_stage
+from pipeline.results import write_rows
 from pipeline.score import score
 from pipeline.scored import Scored, scores_folder
 from pipeline.shard_map import code_digest
 from pipeline.shards import Shard, UidRule, list_shards
-from pipeline.shards.store import absolute, whole, write
+from pipeline.shards.store import absolute, write
 from train.metrics import Rate
 
 OTHERS = 50_000  # pairs besides the canaries that the choice looks at, each for its share of all
@@ -94,10 +95,7 @@ def calibrate(
         "code": code_digest(),
     }
     write(str(job.out / "calibration.json"), json.dumps(facts, indent=1).encode())
-    with whole(str(job.out / "recall.parquet")) as file:
-        import polars as pl
-
-        pl.DataFrame(_rows(table, found, folders, drop), infer_schema_length=None).write_parquet(file)
+    write_rows(job.out / "recall.parquet", _rows(table, found, folders, drop))
     said = markdown(table, found, drop)
     write(str(job.out / "calibration.md"), said.encode())
     print(said)

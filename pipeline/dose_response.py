@@ -19,7 +19,7 @@ from pipeline.bioassay import UNKNOWN, Curve, Estimate, Trials, ed50, fit, mean_
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.results import ArmKey, Row
-from pipeline.shards.store import make_folder, whole, write
+from pipeline.shards.store import make_folder, write
 from train.results import SUCCESS
 
 UNDEFENDED = "undefended"
@@ -47,10 +47,7 @@ def dose_response(
     folder = Path(out)
     make_folder(str(folder))
     records = [effect.record for effect in effects]
-    with whole(str(folder / "dose_response.parquet")) as file:
-        import polars as pl
-
-        pl.DataFrame(records, infer_schema_length=None).write_parquet(file)
+    results.write_rows(folder / "dose_response.parquet", records)
     facts = {"notes": notes, "versions": results.versions(rows), "effects": records}
     write(str(folder / "dose_response.json"), json.dumps(facts, indent=1).encode())
     said = markdown(attacks, [*notes, *results.versions(rows)])

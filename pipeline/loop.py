@@ -27,10 +27,11 @@ from pipeline.inputs import EARLIER
 from pipeline.plan import Dose
 from pipeline.policies._select import column
 from pipeline.progress import console
+from pipeline.results import FILE, write_rows
 from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, read_by, source_digest
 from pipeline.scored import scores_folder
 from pipeline.shards import list_shards
-from pipeline.shards.store import make_folder, whole
+from pipeline.shards.store import make_folder
 from train.results import judged
 
 Made = tuple[Run, dict[str, Any]]
@@ -71,13 +72,13 @@ def loop(
     with Board(cost) as board:
         for one in _made(plan, folder, board):
             made.append(one)
-            _write_table(folder / "results.parquet", [row for _, row in made])
+            write_rows(folder / FILE, [row for _, row in made])
     arms = [row for _, row in made]
     _say_mixed(arms)
     runs = [run for run in dict.fromkeys(run for run, _ in made) if run.scored]
     runs.sort(key=lambda run: run.clean)  # the report shows pictures of the first
     detectors = [row for run in runs for row in run.detectors()]
-    _write_table(folder / "detectors.parquet", detectors)
+    write_rows(folder / "detectors.parquet", detectors)
     from pipeline.report.summary import write_report
 
     write_report(plan, runs, arms, detectors, Path(config), folder, time.monotonic() - begin)
@@ -184,13 +185,6 @@ def _check(plan: Config) -> None:
     for arm in plan.filters:
         for detector in read_by(arm.policy):
             column([f"{scores_folder(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
-
-
-def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    import polars as pl
-
-    with whole(str(path)) as file:
-        pl.DataFrame(rows, infer_schema_length=None).write_parquet(file)
 
 
 if __name__ == "__main__":

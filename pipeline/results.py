@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import spec
 from pipeline.errors import InputError
+from pipeline.shards.store import whole
 from train.results import SUCCESS
 
 FILE = "results.parquet"
@@ -42,6 +43,14 @@ def read(where: str) -> list[Row]:
             f"{path}: {', '.join(numbers or NEEDED[:5])} must be {'numbers' if numbers else 'in every row'}"
         )
     return table.to_dicts()
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """As parquet, absent or whole; a column is of all rows' type, null where a row lacks it."""
+    import polars as pl
+
+    with whole(str(path)) as file:
+        pl.DataFrame(rows, infer_schema_length=None).write_parquet(file)
 
 
 def arm_key(row: Row) -> ArmKey:

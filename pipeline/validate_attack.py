@@ -26,9 +26,10 @@ from pipeline.errors import InputError
 from pipeline.plan import Dose
 from pipeline.poison import poison
 from pipeline.progress import console
+from pipeline.results import FILE, write_rows
 from pipeline.shard_map import code_digest, each
 from pipeline.shards import list_shards
-from pipeline.shards.store import absolute, make_folder, whole, write
+from pipeline.shards.store import absolute, make_folder, write
 from train.metrics import wilson
 from train.results import SUCCESS
 
@@ -60,10 +61,7 @@ def validate_attack(config: Annotated[str, tyro.conf.arg(metavar="CONFIG")], out
     rows = [row for trial in trials for row in json.loads(trial.row.read_text())]
     if older := sum(row["code"] != code_digest() for row in rows):
         console.print(f"{older} of {len(rows)} results are of other code; remove their trial.json to have them again")
-    with whole(str(folder / "results.parquet")) as file:
-        import polars as pl
-
-        pl.DataFrame(rows, infer_schema_length=None).write_parquet(file)
+    write_rows(folder / FILE, rows)
     table = markdown(rows, plan.floor)
     write(str(folder / "attacks.md"), table.encode())
     print(table)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from train.data import Batch
+from train.model import normalise
 from train.recipes import Recipe
 
 
@@ -59,6 +61,15 @@ class Towers(nn.Module):
             full[self.used.cpu()] = state["token_embedding.weight"].cpu()
             state["token_embedding.weight"] = full
         return state
+
+
+def encoded(towers: nn.Module, batch: Batch, recipe: Recipe, device: torch.device) -> Encoded:
+    """Unit rows of all images and captions of a batch, [n, d] each, and the logit scale, in the recipe's precision."""
+    images = batch.images.permute(0, 2, 3, 1).to(device)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+    with kernels(device), half:
+        found: Encoded = towers(normalise(images, recipe.mean, recipe.std), batch.tokens.to(device))
+        return found
 
 
 def optimizer_of(towers: Towers, recipe: Recipe) -> torch.optim.Optimizer:

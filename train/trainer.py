@@ -33,7 +33,7 @@ from train.defenses import Defense
 from train.progress import Progress
 from train.recipes import Recipe, recipe_of
 from train.state import Seen
-from train.towers import Encoded, Towers, kernels, optimizer_of
+from train.towers import Encoded, Towers, encoded, optimizer_of
 from train.traces import CURVE, write_curve, write_traces
 from train.validation import Validation
 
@@ -193,12 +193,7 @@ class Trainer:
 
     def encode(self, towers: nn.Module, batch: Batch) -> Encoded:
         """Unit rows of all images and captions of a batch, [n, d] each, and the logit scale."""
-        images = batch.images.permute(0, 2, 3, 1).to(self.device)
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
-        with kernels(self.device), half:
-            normal = model.normalise(images, self.recipe.mean, self.recipe.std)
-            encoded: Encoded = towers(normal, batch.tokens.to(self.device))
-            return encoded
+        return encoded(towers, batch, self.recipe, self.device)
 
     def _agreed(self, loss: torch.Tensor) -> tuple[float, bool]:
         """The loss over all ranks, so that all of them stop together; whether rank 0's clock says to save."""

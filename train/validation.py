@@ -14,14 +14,14 @@ import torch
 from pipeline.shards import Shard, UidRule
 from train import data, losses, model
 from train.recipes import Recipe
-from train.towers import Towers, kernels
+from train.towers import Towers, encoded
 
 
 class Validation:
     """The pairs of `shards`, not augmented, always in the same batches of the recipe's size."""
 
     def __init__(self, shards: Sequence[Shard], recipe: Recipe, uid: UidRule, device: torch.device):
-        self.recipe = replace(recipe, pad=0, zoom=0.0, gain=0.0, flip=False)
+        self.recipe = replace(recipe, pad=0, zoom=0.0, gain=0.0, flip=False, precision="fp32")
         self.device = device
         self.index = data.index(shards, recipe.image_size, model.tokenizer_of(recipe), uid)
 
@@ -31,10 +31,8 @@ class Validation:
         clip.load_state_dict(dict(state))
         towers = Towers(clip, None).to(self.device).eval()
         found = []
-        with torch.inference_mode(), kernels(self.device):
+        with torch.inference_mode():
             for batch in data.batches(self.index, self.recipe, 0, 1):
-                images = batch.images.permute(0, 2, 3, 1).to(self.device)
-                normal = model.normalise(images, self.recipe.mean, self.recipe.std)
-                encoded = towers(normal, batch.tokens.to(self.device))
-                found.append(losses.of_pairs(encoded, self.recipe.loss, 0, 1).cpu().numpy())
+                features = encoded(towers, batch, self.recipe, self.device)
+                found.append(losses.of_pairs(features, self.recipe.loss, 0, 1).cpu().numpy())
         return float(np.concatenate(found).mean())

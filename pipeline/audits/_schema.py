@@ -44,6 +44,11 @@ class Finding:
     file: str
     examples: tuple[Example, ...]
 
+    @property
+    def name(self) -> str:
+        """Its anchor in the report, and the name of its list."""
+        return f"{self.audit}-{self.kind}"
+
 
 @dataclass(frozen=True)
 class Table:

@@ -92,22 +92,22 @@ def render_audit(
     version: str,
 ) -> str:
     """The page. `members` are by AUDIT-KIND; `reasons` tell in which findings a (shard, uid) is, and why."""
-    names = {name_of(finding) for finding in audited.findings}
-    bare = {f.audit: name_of(f) for f in reversed(audited.findings) if not f.file}  # whose tables are all it has
+    names = {finding.name for finding in audited.findings}
+    bare = {f.audit: f.name for f in reversed(audited.findings) if not f.file}  # whose tables are all it has
     tables = [(bare.get(t.audit), _table(t, number)) for number, t in enumerate(audited.tables, 1) if t.rows]
     drawn = [
         (name if (name := f"{one.audit}-{one.kind}") in names else None, _chart(one)) for one in audited.histograms
     ]
     whole = _Whole(
         reasons,
-        {name_of(finding): finding.title for finding in audited.findings},
+        {finding.name: finding.title for finding in audited.findings},
         {one.name: one for one in audited.histograms if one.audit == "scores"},
     )
     findings = [
-        _finding(f, members.get(name_of(f), Members()), whole)
+        _finding(f, members.get(f.name, Members()), whole)
         | {
-            "charts": _of(drawn, name_of(f)),
-            "tables": _of(tables, name_of(f)),
+            "charts": _of(drawn, f.name),
+            "tables": _of(tables, f.name),
             "see": [table for table in _of(tables, None) if table["audit"] == f.audit],
         }
         for f in audited.findings
@@ -147,11 +147,6 @@ def _list(name: str, members: Members) -> dict[str, Any]:
     return {"listed": listed, "score": _in_lines(members.score), "path": members.path, "folder": name}
 
 
-def name_of(finding: Finding) -> str:
-    """Its anchor, and the name of its list."""
-    return f"{finding.audit}-{finding.kind}"
-
-
 @dataclass(frozen=True)
 class _Whole:
     """What pairs are told against: reasons by (shard, uid), titles by finding, the distribution of each score."""
@@ -170,7 +165,7 @@ def _chart(one: Histogram) -> charts.Tail:
 
 
 def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any]:
-    name, share = name_of(finding), finding.share
+    name, share = finding.name, finding.share
     unit = "shards" if finding.audit == "conservation" and not finding.file else "pairs"
     groups = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in members.rows), 1)}
     return {
