@@ -43,6 +43,9 @@ RUN = "run.json"  # what a folder is the output of, and of how many shards
 STARTS = 3  # tries of Ray to come up
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
+# Ctrl-C is often seen as a task comes home, and Ray's driver aborts where a task is cancelled while it completes (ray's
+# PR 54798 tells of that race). So what is completing is given time to.
+SETTLE = 0.5  # seconds
 READERS = 16  # markers that are read at once
 COUNTED = ("read", "out", "dropped", "failed", "changed")
 _held: set[str] = set()  # folders that this process has locked
@@ -139,7 +142,8 @@ def each(
                     yield shard, result
         finally:
             if running:  # left early, by Ctrl-C: the tasks are interrupted too, and clear away what they began to write
-                for reference in running:
+                time.sleep(SETTLE)
+                for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[1]:
                     ray.cancel(reference)
                 ray.wait(list(running), num_returns=len(running), timeout=30)
 
