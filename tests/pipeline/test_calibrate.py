@@ -114,6 +114,13 @@ def test_no_signal_promises_no_recall():
     assert np.mean(found) < 0.16
 
 
+def test_canaries_of_one_family_are_told_of_before_the_training(tars, tmp_path):
+    attacks = ("patch(target='banana', size=16)", "word(target='banana')")
+    with pytest.raises(InputError, match="the canaries are of 1 family"):
+        calibrate(str(tars), str(tmp_path / "c"), detectors=("random",), attacks=attacks, dose="1", recipe="debug")
+    assert not (tmp_path / "c/model").exists()
+
+
 def test_the_unscored_are_the_most_suspicious():
     canaries = table({"good": everywhere(0)})
     scores = canaries.scores.copy()

@@ -62,7 +62,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(tmp_path, small_di
     assert contents(small_disk / "out") == contents(tmp_path / "whole")
 
 
-def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_whole_files_and_says_how_to_go_on(tmp_path, sent):
+    """Ctrl-C is sent to all processes of a terminal; a scheduler's SIGTERM to the one that it started."""
     (tmp_path / "in").mkdir()
     for i in range(30):
         write_tar(tmp_path / f"in/{i:02d}.tar", pairs(300 * i, 300 * i + 300))
@@ -74,7 +76,7 @@ def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(tmp_path):
     deadline = time.monotonic() + 200
     while not list((tmp_path / "out").glob("*.stats.json")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.killpg(run.pid, signal.SIGINT)
+    (os.killpg if sent == signal.SIGINT else os.kill)(run.pid, sent)
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 130, said
     assert "interrupted" in said

@@ -139,6 +139,59 @@ def test_detectors_over_embeddings_are_joined_by_uid(poisoned, tmp_path):
     assert reasons == ["unscored"] * 3
 
 
+def test_what_a_filter_has_emptied_can_be_filtered_again(poisoned, tmp_path):
+    first = list_shards(str(poisoned))[0]
+    pl.DataFrame({"uid": uids(first)}).write_csv(tmp_path / "list.csv")
+    scores, out = tmp_path / "s", tmp_path / "out"
+    detector = f"listed(file='{tmp_path}/list.csv')"
+    score(str(poisoned), str(scores), detector=(detector,))
+    filter_shards(str(poisoned), str(out), scores=(str(scores),), policy="threshold(detector='listed', above=0.5)")
+    score(str(out / "kept"), str(tmp_path / "again"), detector=("random",))
+    policy = "budget(detector='random', drop=0.1)"
+    filter_shards(str(out / "kept"), str(tmp_path / "out2"), scores=(str(tmp_path / "again"),), policy=policy)
+    left = 60 - len(uids(first))
+    assert pl.read_parquet(tmp_path / "out2/keep.parquet").height == left
+    assert len(np.load(tmp_path / "out2/keep.npy")) == left - left // 10
+
+
+def test_a_pair_without_a_row_is_not_dropped_on_top_of_the_budget(poisoned, tmp_path):
+    score(str(poisoned), str(tmp_path / "s"), detector=("random",))
+    path = next((tmp_path / "s").glob("*.scores.parquet"))
+    pq.write_table(pq.read_table(path).slice(3), path)
+    with pytest.raises(ShardsFailed, match=r"3 of the 20 pairs of .* have no row; score it anew"):
+        filter_shards(
+            str(poisoned),
+            str(tmp_path / "f"),
+            scores=(str(tmp_path / "s"),),
+            policy="budget(detector='random', drop=0.1)",
+        )
+
+
+def test_a_column_is_called_by_what_was_typed_for_it():
+    columns = ("uid", KDIST, KDIST.replace("k=4", "k=9"), f"b:{KDIST}")
+    assert column(columns[:3], "kdist(k=9)") == columns[2]
+    assert column(columns, "b:kdist(k=4)") == columns[3]
+    with pytest.raises(InputError, match="did you mean"):
+        column(columns, "kdist(k=5)")
+
+
+def test_an_option_without_a_value_is_told_of_before_anything_is_made(poisoned, tmp_path):
+    for job, options in ((score, {"detector": ()}), (filter_shards, {"scores": (), "policy": "budget('a', 0.1)"})):
+        with pytest.raises(InputError, match="name one at least"):
+            job(str(poisoned), str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_folder_is_left_as_it_was(poisoned, tmp_path):
+    score(str(poisoned), str(tmp_path / "s"), detector=("random",))
+    before = sorted(poisoned.iterdir())
+    with pytest.raises(InputError, match="holds the output of 'poison'"):
+        filter_shards(
+            str(poisoned), str(poisoned), scores=(str(tmp_path / "s"),), policy="budget(detector='random', drop=0.1)"
+        )
+    assert sorted(poisoned.iterdir()) == before
+
+
 def test_what_is_missing_is_named_with_the_job_that_makes_it(poisoned, tmp_path):
     shards, out = str(poisoned), str(tmp_path / "s")
     for detector, options, says in (

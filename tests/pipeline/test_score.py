@@ -351,6 +351,38 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert "2 of 2 shards are done already" in capsys.readouterr().err
 
 
+def test_a_file_that_was_cut_is_made_again_and_one_for_all_tells_nothing_apart(tmp_path, capsys):
+    folder = shards(tmp_path / "in", pairs(0, 40), 20)
+    score(str(folder), str(tmp_path / "s"), detector=("random", "laion_threshold"))
+    assert capsys.readouterr().err.count("the same score for all: it tells nothing apart") == 1
+    before = all_scores(tmp_path / "s")
+    path = tmp_path / "s/00000001.scores.parquet"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    score(str(folder), str(tmp_path / "s"), detector=("random", "laion_threshold"))
+    assert "1 of 2 shards are done already" in capsys.readouterr().err
+    assert all_scores(tmp_path / "s") == before
+
+
+def test_what_is_wrong_with_all_shards_is_told_once(tmp_path):
+    folder = shards(tmp_path / "in", pairs(0, 40), 10)
+    embedded = embed(folder, tmp_path / "e", "late")
+    with pytest.raises(ShardsFailed) as failed:
+        score(str(folder), str(tmp_path / "s"), detector=("kdist(k=20, reference='batch')",), embeddings=embedded)
+    assert str(failed.value).startswith("4 of 4 shards failed:")
+    assert len(str(failed.value).splitlines()) == 2
+    assert "(so do 3 more shards)" in str(failed.value)
+
+
+def test_embeddings_of_two_widths_are_refused(tmp_path):
+    folder = shards(tmp_path / "in", pairs(0, 40), 20)
+    embedded = embed(folder, tmp_path / "e", "late")
+    who = uids(list_shards(str(folder))[1])
+    narrow = np.ones((len(who), 6), np.float16)
+    write_embeddings(str(tmp_path / "e/00000001.embeddings.parquet"), who, narrow, narrow, "m")
+    with pytest.raises(InputError, match=r"embeddings of 6 and 12 numbers a pair \(image_embedding\)"):
+        score(str(folder), str(tmp_path / "s"), detector=("slof(k=4)",), embeddings=embedded)
+
+
 def test_unreadable_shards_are_missing_in_summary_and_pool_where_tolerated(tmp_path):
     samples = pairs(0, 60)
     for sample in samples:
