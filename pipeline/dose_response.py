@@ -5,7 +5,7 @@ measured is told as not measured. docs/dose_response.md says what the numbers me
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,10 +186,31 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
         notes.append(f"`{attack}`: never tried undefended, so there are no protection factors.")
     elif effects[0].said == "not reached":
         notes.append(f"`{attack}`: not reached undefended at the highest dose: nobody is credited for its failure.")
-    if (seeds := len(effects[0].trials.seeds)) < FEW:
-        only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
-        notes.append(f"`{attack}`: {seeds} seed{'s' * (seeds != 1)}: {only}.")
+    notes += _about_seeds(attack, effects)
     return effects
+
+
+def _about_seeds(attack: str, effects: Sequence[Effect]) -> Iterator[str]:
+    """Which arms have few seeds, and which have others than the undefended one."""
+    few: dict[int, list[str]] = {}
+    for one in effects:
+        if len(one.trials.doses) and (seeds := len(one.trials.seeds)) < FEW:
+            few.setdefault(seeds, []).append(one.label)
+    for seeds, labels in few.items():
+        who = "" if len(labels) == len(effects) else f" of {', '.join(labels)}"
+        only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
+        yield f"`{attack}`: {seeds} seed{'s' * (seeds != 1)}{who}: {only}."
+    for one in effects:
+        theirs, against = one.trials.seeds, one.against.seeds
+        if theirs and against and theirs != against:
+            yield (
+                f"`{attack}`: {one.label} has seeds {_listed(theirs)}, undefended {_listed(against)}: no protection "
+                "factor, for the seeds that are missing may be the hard ones."
+            )
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _trials(rows: Sequence[Row], measure: str) -> Trials:

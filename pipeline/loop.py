@@ -6,7 +6,7 @@ attacks. A dose `adaptive(…)` is a bisection for each attack, arm and seed (pi
 Trade-off: trainings run one after the other, each on all cores or the GPU there is, and meet in files; so a killed
 loop goes on where it was and any stage can be looked at. Side by side they would gain little on few cores and need as
 many models' memory. On a cluster, submit a config for each seed into the same OUT, and then the whole one, which finds
-every run done and makes the table.
+those runs done (a bisection may add the arms of a seed with which the attack fails) and makes the table.
 """
 
 import time
@@ -46,6 +46,8 @@ def loop(
     max_hours: float = 72.0,
 ) -> int:
     """Run every attack x dose x seed of CONFIG, undefended, under every filter and every defense; resumable.
+
+    Of doses that are bisected each arm has those that its search asks for.
 
     Writes OUT/results.parquet (a row a run), OUT/detectors.parquet and OUT/report.html.
 
@@ -92,42 +94,42 @@ def _made(plan: Config, out: Path, board: Board) -> Iterator[Made]:
     arms = arms_of(plan)
     for attack in plan.attacks:
         for dose in plan.doses:
-            search = Adaptive.parse(dose)
+            if search := Adaptive.parse(dose):
+                yield from _bisected(plan, attack, search, out, board, arms)
+                continue
             for seed in plan.seeds:
-                if search:
-                    yield from _bisected(plan, attack, search, seed, out, board, arms)
-                    continue
                 run = Run(plan, attack, dose, seed, out)
                 yield from ((run, board.row(run, arm)) for arm in arms)
-                if plan.scores and not plan.filters:
-                    run.score()  # nobody's arm, and the table of detectors is what is asked for
 
 
-def _bisected(
-    plan: Config, attack: str, search: Adaptive, seed: int, out: Path, board: Board, arms: list[Arm]
-) -> Iterator[Made]:
-    """Rows of one attack and seed. Where the attack fails undefended, nothing can be credited, and no arm is run."""
-    states = {arm: Search(search.grid) for arm in arms}
-    made: set[tuple[str, Arm]] = set()
+def _bisected(plan: Config, attack: str, search: Adaptive, out: Path, board: Board, arms: list[Arm]) -> Iterator[Made]:
+    """Rows of one attack. Where it fails undefended with every seed, nothing can be credited, and no arm is run.
 
-    def told(dose: str, arm: Arm) -> Iterator[Made]:
-        if (dose, arm) not in made:
-            made.add((dose, arm))
+    Where it works with any, all seeds have every arm: the seeds with which an attack works are the easy ones, and a
+    protection factor of those alone would be of a selection.
+    """
+    states = {(seed, arm): Search(search.grid) for seed in plan.seeds for arm in arms}
+    made: set[tuple[str, int, Arm]] = set()
+
+    def told(dose: str, seed: int, arm: Arm) -> Iterator[Made]:
+        if (dose, seed, arm) not in made:
+            made.add((dose, seed, arm))
             run = Run(plan, attack, dose, seed, out)
             row = board.row(run, arm)
-            states[arm].tell(dose, judged(row)[1])
+            states[seed, arm].tell(dose, judged(row)[1])
             yield run, row
 
-    while dose := states[UNDEFENDED].next:
-        yield from told(dose, UNDEFENDED)
-    if not states[UNDEFENDED].reached:
-        console.print(f"{attack}, seed {seed}: not reached at {search.grid[-1]}, so no filter or defense is tried")
+    for seed in plan.seeds:
+        while dose := states[seed, UNDEFENDED].next:
+            yield from told(dose, seed, UNDEFENDED)
+    if not any(states[seed, UNDEFENDED].reached for seed in plan.seeds):
+        console.print(f"{attack}: not reached at {search.grid[-1]}, so no filter or defense is tried")
         return
-    for arm in arms:
-        while dose := states[arm].next:
+    for seed, arm in states:
+        while dose := states[seed, arm].next:
             if arm.watches:
-                yield from told(dose, UNDEFENDED)
-            yield from told(dose, arm)
+                yield from told(dose, seed, UNDEFENDED)
+            yield from told(dose, seed, arm)
 
 
 def _dearest(plan: Config, out: Path) -> list[Run]:

@@ -76,13 +76,15 @@ def test_a_grid_that_cannot_be_is_refused_at_once(place, tmp_path):
 class _Told(Board):
     """A board that answers from a rule instead of training: each arm works from a dose on."""
 
-    def __init__(self, works_from: dict[str, int]):
+    def __init__(self, works_from: dict[str, int], harder: int = 0):
         super().__init__(Estimate(1, 0, True, 1.0, "told"))
-        self.works_from, self.asked = works_from, []
+        self.works_from, self.harder, self.asked = works_from, harder, []
 
     def row(self, run, arm):
-        self.asked.append((int(run.dose), arm.folder))
-        return {"asr_text": float(int(run.dose) >= self.works_from[arm.folder]), "asr_text_n": 10}
+        """With every further seed from `harder` more poisons on."""
+        self.asked.append((run.seed, int(run.dose), arm.folder))
+        works = int(run.dose) >= self.works_from[arm.folder] + run.seed * self.harder
+        return {"asr_text": float(works), "asr_text_n": 10}
 
 
 def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, tmp_path):
@@ -92,15 +94,27 @@ def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, t
 
     def asked(works_from):
         board = _Told(works_from)
-        list(_bisected(plan, plan.attacks[0], grid, 0, tmp_path, board, arms))
+        list(_bisected(plan, plan.attacks[0], grid, tmp_path, board, arms))
         assert len(board.asked) == len({*board.asked})  # nothing twice
-        return board.asked
+        return [(dose, arm) for _, dose, arm in board.asked]
 
     found = asked({none: 8, weak: 16, strong: 1000})
     assert [dose for dose, arm in found if arm == strong] == [64]  # not reached: one run
     assert {dose for dose, arm in found if arm == weak} >= {8, 16}
     assert {dose for dose, _ in found} == {dose for dose, arm in found if arm == none}  # scores are of its model
     assert asked({none: 1000, weak: 8, strong: 8}) == [(64, none)]  # an attack that fails is not defended against
+
+
+def test_once_an_attack_works_with_one_seed_every_seed_has_every_arm(place, tmp_path):
+    plan, grid = Config.read(config(place, doses=[GRID], seeds=[0, 1, 2])), Adaptive.parse(GRID)
+    arms = arms_of(plan)
+    board = _Told({arm.folder: 8 for arm in arms}, harder=100)  # seeds 1 and 2 are not reached at 64
+    list(_bisected(plan, plan.attacks[0], grid, tmp_path, board, arms))
+    assert {(seed, arm) for seed, _, arm in board.asked} == {(seed, arm.folder) for seed in (0, 1, 2) for arm in arms}
+    assert [dose for seed, dose, arm in board.asked if seed == 1] == [64, 64, 64]
+    nobody = _Told({arm.folder: 1000 for arm in arms})
+    list(_bisected(plan, plan.attacks[0], grid, tmp_path, nobody, arms))
+    assert nobody.asked == [(seed, 64, "undefended") for seed in (0, 1, 2)]
 
 
 @pytest.mark.slow

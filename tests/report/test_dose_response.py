@@ -79,6 +79,17 @@ def test_an_attack_that_never_works_credits_nobody(tmp_path):
     assert "nobody is credited" in said and said.count("not to be told") == 2
 
 
+def test_an_arm_without_some_of_the_seeds_has_no_factor_and_few_seeds_are_told_of_each_arm(tmp_path):
+    rows = data.rows(arms=FEW)
+    lacking = [row for row in rows if row["arm"] != "clip_score" or row["seed"] == 0]
+    dose_response((data.write(tmp_path / "r.parquet", lacking),), str(tmp_path / "out"))
+    found = pl.read_parquet(tmp_path / "out/dose_response.parquet").filter(label="clip_score").to_dicts()[0]
+    assert found["ed50"] == "reached" and found["protection"] is found["protection_least"] is None
+    said = (tmp_path / "out/dose_response.md").read_text()
+    assert "clip_score has seeds 0, undefended 0, 1, 2: no protection factor" in said
+    assert "1 seed of clip_score: the interval is over images" in said and said.count("seeds 0") == 1
+
+
 def test_bad_results_are_told_in_one_line(tmp_path):
     rows = data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))
     whole = data.write(tmp_path / "whole.parquet", rows)
