@@ -19,7 +19,7 @@ import tyro
 from pipeline import spec
 from pipeline.arguments import Out
 from pipeline.board import Board
-from pipeline.config import POOL, Config
+from pipeline.config import Config
 from pipeline.doses import Adaptive, Search
 from pipeline.errors import InputError
 from pipeline.estimate import estimate, hours, runs_of
@@ -28,8 +28,7 @@ from pipeline.plan import Dose
 from pipeline.policies._select import column
 from pipeline.progress import console
 from pipeline.results import FILE, write_rows
-from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, read_by, source_digest
-from pipeline.scored import scores_folder
+from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, columns_of, read_by, source_digest
 from pipeline.shards import list_shards
 from pipeline.shards.store import make_folder
 from train.results import judged
@@ -77,7 +76,11 @@ def loop(
             write_rows(folder / FILE, [row for _, row in made])
     arms = [row for _, row in made]
     _say_mixed(arms)
-    runs = [run for run in dict.fromkeys(run for run, _ in made) if run.scored]
+    runs = list(dict.fromkeys(run for run, _ in made))
+    for run in runs:
+        if not run.scored and run.watchable:  # no arm asked for it, or it was added to the config
+            run.score()
+    runs = [run for run in runs if run.scored]
     runs.sort(key=lambda run: run.clean)  # the report shows pictures of the first
     detectors = [row for run in runs for row in run.detectors()]
     write_rows(folder / "detectors.parquet", detectors)
@@ -174,7 +177,6 @@ def _check(plan: Config) -> None:
     kept = [epoch for epoch in range(1, recipe.epochs + 1) if recipe.keeps(epoch)]
     for defense in plan.defenses:
         spec.parse("defenses", defense).by_content()  # that what it names is there
-    scored: dict[int, list[str]] = {}
     for scores in plan.scores:
         if scores.epoch not in kept:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
@@ -182,11 +184,9 @@ def _check(plan: Config) -> None:
         for entry in entries:
             if set(EARLIER) & set(entry.needs) and scores.epoch == plan.scores[0].epoch:
                 raise InputError(f"{spec.text(entry)} compares two epochs: let it score at a later one than the first")
-        if scores.pool == POOL:
-            scored[scores.epoch] = [spec.text(entry) for entry in entries]
     for arm in plan.filters:
         for detector in read_by(arm.policy):
-            column([f"{scores_folder(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
+            column(columns_of(plan, arm.epochs), detector)
 
 
 if __name__ == "__main__":

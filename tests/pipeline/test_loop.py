@@ -1,12 +1,15 @@
 """What a loop costs, which runs a bisection takes, and that what is shared is trained once."""
 
+import itertools
 import json
+import os
 import shutil
 
 import polars as pl
 import pytest
 from conftest import pairs, write_tar
 
+from pipeline import runs
 from pipeline.board import Board
 from pipeline.config import Config
 from pipeline.doses import Adaptive
@@ -14,6 +17,9 @@ from pipeline.errors import InputError
 from pipeline.estimate import Estimate, estimate
 from pipeline.loop import _bisected, loop
 from pipeline.runs import NOBODY, Run, arms_of, source_digest
+from pipeline.spec import digest, parse, text
+from train.metrics import Rate
+from train.results import columns
 
 GRID = "adaptive(low='2', high='64', factor=2)"  # 2, 4, 8, 16, 32, 64
 
@@ -28,7 +34,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def config(place, **changes) -> str:
+def config(place, scores=("random",), detector="random", **changes) -> str:
     facts = {
         "shards": f"{place}/train",
         "evaluation": f"{place}/eval",
@@ -38,11 +44,11 @@ def config(place, **changes) -> str:
         "doses": ["0"],
     } | changes
     filters = "".join(
-        f"\n[[filters]]\nepoch = 4\npolicy = \"budget(detector='random', drop={drop})\"\n" for drop in (0.1, 0.5)
+        f"\n[[filters]]\nepoch = 4\npolicy = \"budget(detector='{detector}', drop={drop})\"\n" for drop in (0.1, 0.5)
     )
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in facts.items())
     path = place / "config.toml"
-    path.write_text(f'{text}\n[[scores]]\nepoch = 4\ndetectors = ["random"]\n{filters}')
+    path.write_text(f"{text}\n[[scores]]\nepoch = 4\ndetectors = {json.dumps(scores)}\n{filters}")
     return str(path)
 
 
@@ -115,6 +121,84 @@ def test_once_an_attack_works_with_one_seed_every_seed_has_every_arm(place, tmp_
     nobody = _Told({arm.folder: 1000 for arm in arms})
     list(_bisected(plan, plan.attacks[0], grid, tmp_path, nobody, arms))
     assert nobody.asked == [(seed, 64, "undefended") for seed in (0, 1, 2)]
+
+
+def finished(file, out) -> None:
+    """As a loop leaves OUT whose arms are all done, but of the models only the folder that scoring looks for."""
+    plan = Config.read(file)
+    found = columns({name: Rate(0.9, 10, 0.6, 0.98) for name in ("asr_text", "zeroshot_top1")})
+    found |= {"code": source_digest(), "seconds": 2.0, "train_seconds": 1.0, "samples": 96, "removed": 0}
+    found |= {"poisons_in": 10, "poisons_left": 10, "dose": 10, "dose_ppm": 1e6 / 9.6, "defense": None}
+    found |= {"filter_seconds": None, "filter_cpu_seconds_per_million": None, "recipe": plan.recipe}
+    for attack, dose, seed in itertools.product(plan.attacks, plan.doses, plan.seeds):
+        run = Run(plan, attack, dose, seed, out)
+        for arm in arms_of(plan):
+            path = run._row(arm)
+            path.parent.mkdir(parents=True)
+            row = found | {"attack": attack, "seed": seed, "arm": arm.name, "when": arm.filter and arm.filter.when}
+            path.write_text(json.dumps(row | {"policy": arm.filter and arm.filter.policy} | run._made_of(arm)))
+        (run.folder / "undefended/checkpoints/epoch_004").mkdir(parents=True)
+
+
+def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(place, tmp_path):
+    shutil.copytree(place / "eval", tmp_path / "reference")
+
+    def row(k=16, **more):
+        plan = Config.read(config(place, [f"slof(k={k})"], "slof", doses=["10"], **more))
+        run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path / "out"), arms_of(plan)[1]
+        return run._row(arm), run._made_of(arm)
+
+    assert row() == row() and row()[0] != row(k=17)[0] and row()[0].parent == row(k=17)[0].parent
+    assert row()[1]["detectors"].startswith("scores-004:slof(k=16") and "k=17" in row(k=17)[1]["detectors"]
+    before = row(reference=f"{tmp_path}/reference")
+    write_tar(tmp_path / "reference" / "00000000.tar", pairs(0, 8))
+    assert before[0] != row(reference=f"{tmp_path}/reference")[0]
+    assert len({row(evaluation=f"{place}/{name}")[1]["evaluation_digest"] for name in ("eval", "train")}) == 2
+
+
+def test_a_repair_is_of_the_bytes_that_it_trusts(place, tmp_path):
+    shutil.copytree(place / "eval", tmp_path / "trusted")
+    plan = Config.read(config(place, defenses=[f"finetune(trusted='{tmp_path}/trusted')"]))
+    run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path), arms_of(plan)[-1]
+    before = run._row(arm)
+    runs._by_content.cache_clear()  # of another command
+    assert before == run._row(arm)
+    write_tar(tmp_path / "trusted" / "00000000.tar", pairs(0, 8))
+    runs._by_content.cache_clear()
+    assert before != run._row(arm)
+
+
+def test_a_row_of_earlier_code_is_believed_where_it_can_be_checked(place, tmp_path):
+    """Earlier code called rows by less; what they were made of must be seen in the files beside."""
+    shutil.copytree(place / "eval", tmp_path / "reference")
+    plan = Config.read(config(place, ["slof"], "slof", doses=["10"], reference=f"{tmp_path}/reference"))
+    run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path / "out"), arms_of(plan)[1]
+    facts = [run.attack, "10", plan.evaluation, plan.classes, plan.reference, plan.readouts, runs._stamps(plan)]
+    path = run.folder / arm.folder / f"row-{digest(facts)}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"attack": "there"}')
+    assert run.kept(arm) is None  # by which scores?
+    scores = run.folder / "scores-004"
+    scores.mkdir()
+    for k in (64, 16):
+        table = {"uid": ["a"], text(parse("detectors", f"slof(k={k})")): [0.0]}
+        pl.DataFrame(table).write_parquet(scores / "00000000.scores.parquet")
+        row = run.kept(arm)
+        assert (row is None) == (k == 64)
+    assert row is not None and row["attack"] == "there" and row["detectors"] and row["dataset_digest"]
+    os.utime(tmp_path / "reference" / "00000000.tar", (2**32, 2**32))
+    runs._stamps.cache_clear()
+    assert run.kept(arm) is None
+
+
+def test_what_is_added_to_the_scores_of_a_finished_loop_is_scored(place, tmp_path):
+    out = tmp_path / "out"
+    finished(config(place, doses=["10"]), out)
+    assert loop(config(place, doses=["10"]), str(out)) == 0
+    assert set(pl.read_parquet(out / "detectors.parquet")["detector"]) == {"random(seed=0)"}
+    assert loop(config(place, ["random", "caption_frequency"], doses=["10"]), str(out)) == 0
+    found = pl.read_parquet(out / "detectors.parquet")
+    assert found.group_by("attack").len()["len"].to_list() == [2, 2] and not list(out.rglob("train.json"))
 
 
 @pytest.mark.slow
