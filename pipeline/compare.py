@@ -56,6 +56,7 @@ def _kind(where: str) -> str:
 def compare_results(before: str, after: str) -> str:
     """Differences B - A of attack success and accuracy, arm by arm; paired by seed where the seeds are the same."""
     old, new = results.read(before), results.read(after)
+    results.settle([*old, *new])
     names = results.labels([*old, *new])
     one, two = _grouped(old), _grouped(new)
     heads = ["attack", "poisons", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]
@@ -75,6 +76,8 @@ def compare_results(before: str, after: str) -> str:
         lines.append("- nothing is in both")
     for where, rows in (("A", old), ("B", new)):
         lines += [f"- {where}: {version}" for version in results.versions(rows)]
+    if differ := results.several([*old, *new]):
+        lines.append(f"- **not of the same {' and '.join(differ)}**: what differs may be theirs")
     if results.versions(old)[1:] or results.versions(new)[1:]:
         lines.append("- **mixed versions**: rows of one result are of different code or recipes")
     return "\n".join([*lines, ""])

@@ -37,7 +37,7 @@ def dose_response(
     Writes OUT/dose_response.{parquet,json,md,svg,png} and OUT/protection.{svg,png}.
 
     Args:
-        table: results.parquet of one loop or more, or their OUT folders; of one recipe.
+        table: results.parquet of one loop or more, or their OUT folders; of one recipe and data.
         out: folder for tables and figures.
     """
     rows, notes = _together(table)
@@ -137,9 +137,14 @@ def _columns(name: str, estimate: Estimate) -> Row:
 
 def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     """The rows of all files, each run once, and what a reader has to be told of them."""
+    tables = {path: results.read(path) for path in paths}
+    together = [row for table in tables.values() for row in table]
+    if differ := results.several(together):
+        raise InputError(f"results of several {' and '.join(differ)}: an ED50 belongs to one, give them one at a time")
+    results.settle(together)
     found: dict[tuple[Any, ...], Row] = {}
-    for path in paths:
-        for row in results.read(path):
+    for path, table in tables.items():
+        for row in table:
             key = (row["attack"], row["dose_ppm"], row["seed"], results.arm_key(row))
             if key in found and any(found[key].get(name) != row.get(name) for name in (*SUCCESS, UTILITY)):
                 raise InputError(
@@ -148,8 +153,6 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
                 )
             found.setdefault(key, row)
     rows, notes = list(found.values()), []
-    if len(recipes := {row.get("recipe_digest") or row.get("recipe") for row in rows}) > 1:
-        raise InputError(f"results of {len(recipes)} recipes: an ED50 belongs to one, give them one at a time")
     if len({row.get("code") for row in rows}) > 1:
         notes.append("Results of mixed code versions, listed below.")
     return rows, notes

@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 import results_data as data
 
+from pipeline import results
 from pipeline.compare import compare
 from pipeline.dose_response import dose_response
 from pipeline.errors import InputError
@@ -90,6 +91,22 @@ def test_an_arm_without_some_of_the_seeds_has_no_factor_and_few_seeds_are_told_o
     assert "1 seed of clip_score: the interval is over images" in said and said.count("seeds 0") == 1
 
 
+def test_one_detector_with_two_parameters_is_two_arms_and_earlier_code_is_of_the_only_one(tmp_path):
+    rows = data.rows(arms=FEW[:2], seeds=(0,), doses=(118, 354))
+    sixteen, sixtyfour = (
+        [row | {"detectors": f"scores-004:clip_score(k={k})"} for row in rows if row["arm"] == "clip_score"]
+        for k in (16, 64)
+    )
+    both = results.labels([*rows[:2], *sixteen, *sixtyfour])
+    assert [*both.values()][1:] == [f"clip_score, scores-004:clip_score(k={k})" for k in (16, 64)]
+    files = [data.write(tmp_path / "a.parquet", rows), data.write(tmp_path / "b.parquet", sixteen)]
+    assert dose_response(tuple(files), str(tmp_path / "one")) == 0
+    assert pl.read_parquet(tmp_path / "one/dose_response.parquet")["label"].to_list() == ["undefended", "clip_score"]
+    files[1] = data.write(tmp_path / "c.parquet", [*sixteen, *sixtyfour])
+    assert dose_response(tuple(files[1:]), str(tmp_path / "two")) == 0
+    assert len(pl.read_parquet(tmp_path / "two/dose_response.parquet")) == 2
+
+
 def test_bad_results_are_told_in_one_line(tmp_path):
     rows = data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))
     whole = data.write(tmp_path / "whole.parquet", rows)
@@ -99,13 +116,18 @@ def test_bad_results_are_told_in_one_line(tmp_path):
     (tmp_path / "text.parquet").write_text("not parquet")
     other = data.write(tmp_path / "other.parquet", [row | {"asr_text": 0.5} for row in rows])
     recipe = data.write(tmp_path / "recipe.parquet", [row | {"recipe_digest": "s", "seed": 7} for row in rows])
+    sets = [
+        data.write(tmp_path / f"{n}.parquet", [row | {"dataset_digest": n, "evaluation_digest": n} for row in rows])
+        for n in "xy"
+    ]
     for files, told in {
         ("/nowhere",): "no such file",
         (lacking,): "no column dose_ppm",
         (str(empty),): "no rows",
         (str(tmp_path / "text.parquet"),): "not readable",
         (whole, other): "other figures",
-        (whole, recipe): "2 recipes",
+        (whole, recipe): "several recipes",
+        (sets[0], sets[1], whole): "several datasets and evaluations",
     }.items():
         with pytest.raises(InputError, match=told):
             dose_response(files, str(tmp_path / "out"))
@@ -130,6 +152,11 @@ def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):
     assert f"{was:.1%} → 0.0%" in line and f"{-100 * was:+.1f} (" in line
     assert "| 354 | undefended | " in said and "+0.0 (" in said
     assert f"- only in A: `{data.PATCH}`, 354 poisons, roclip" in said and "code later" in said and "mixed" not in said
+    other = data.write(tmp_path / "c.parquet", [row | {"dataset_digest": "y"} for row in before])
+    mine = data.write(tmp_path / "d.parquet", [row | {"dataset_digest": "x"} for row in before])
+    assert compare(mine, other) == 0
+    said = capsys.readouterr().out
+    assert "not of the same datasets" in said and "data x" in said and "data y" in said
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="nothing to compare"):
         compare(files[0], str(tmp_path / "nothing"))
