@@ -58,9 +58,9 @@ class Pair:
 class Members:
     """The pairs of a finding: `tiles` with pictures, the first rows as a table, of `groups`.
 
-    `removes` pairs are what its command removes, `listed` their uids, 16 bytes each; None where these are too many for
-    a page. `score` is the first half of that command, which writes the folder `path`; "" where the finding is not one
-    to be removed.
+    `removes` pairs are what its command removes, so that `keep` of each group stay. `listed` are the uids of the list,
+    16 bytes each, None where these are too many for a page; where some stay group after group, of `sizes` pairs. `file`
+    is the list's path; "" where the finding is not one to be removed.
     """
 
     tiles: Sequence[Pair] = ()
@@ -68,14 +68,15 @@ class Members:
     groups: int = 0
     removes: int = 0
     listed: bytes | None = None
-    score: str = ""
-    path: str = ""
+    sizes: Sequence[int] = ()
+    keep: int = 0
+    file: str = ""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The commands for a list that is made in the page and saved as `file`: `score` writes `path`, whose last part is
-    `folder`; `filter` lacks --scores and --policy."""
+    """The commands for a list that is made in the page and saved as `file`: `score`, which lacks --detector, writes
+    `path`, whose last part is `folder`; `filter` lacks --scores and --policy."""
 
     file: str
     score: str
@@ -137,14 +138,15 @@ def render_audit(
         tables=_of(tables, None),
         unseen=audited.unseen,
         selection=selection,
-        lists=_json({name: _list(name, one) for name, one in members.items() if one.score}),
-        commands=_json(dataclasses.asdict(selection) | {"score": _in_lines(selection.score)}),
+        lists=_json({name: _list(one) for name, one in members.items() if one.file}),
+        commands=_json(dataclasses.asdict(selection)),
     )
 
 
-def _list(name: str, members: Members) -> dict[str, Any]:
+def _list(members: Members) -> dict[str, Any]:
+    """`file` is a literal of a spec."""
     listed = None if members.listed is None else base64.b64encode(members.listed).decode()
-    return {"listed": listed, "score": _in_lines(members.score), "path": members.path, "folder": name}
+    return {"listed": listed, "sizes": members.sizes, "keep": members.keep, "file": repr(members.file)}
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any
         "explanation": finding.explanation,
         "source": finding.source,
         "action": _in_lines(finding.action),
-        "removes": members.removes if members.score else 0,
+        "removes": members.removes if members.file else 0,
         "stays": 0 < members.removes < finding.n,
         "whole": members.listed is not None,
         "file": finding.file,

@@ -2,17 +2,24 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import audit_data as data
 import axe
 import numpy as np
+import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from report_page import open_page
 
 from filters._batch import Batch
+from filters.listed import List, unwanted
 from pipeline import spec
+from pipeline.audit_report import _removable
 from pipeline.errors import InputError
+from pipeline.report.audit import render_audit
 
 HOSTILE = (
     "<script>window.ran = 1; fetch('//evil.invalid/a')</script></script>"
@@ -157,18 +164,52 @@ def test_a_list_too_long_for_the_page_is_read_from_its_file(page):
         page.locator(f".contents [data-pick={name}]").check()
     assert f"read from their files by the command: {MANY}." in page.locator("#apart").inner_text()
     command = page.locator("#made code").inner_text()
-    *scored, filtering = [arguments(part) for part in command.split("&&")]
-    assert [one["--detector"][0] for _, one in scored] == [
-        f"listed(file='/data/audited/findings/{MANY}.parquet', keep=1)",
-        "listed(file='removal.csv')",
-    ]
-    assert filtering[1]["--scores"] == [words[3] for words, _ in scored]
-    policy = spec.parse("policies", filtering[1]["--policy"][0])
-    assert policy.detectors == (f"{MANY}:listed", "removal:listed")
+    (scored, scoring), (_, filtering) = map(arguments, command.split("&&"))
+    detector = f"listed(file=('removal.csv', '/data/audited/findings/{MANY}.parquet'), keep=(0, 1))"
+    assert scoring["--detector"] == [detector] and spec.parse("detectors", detector).keeps == (0, 1)
+    assert filtering["--scores"] == [scored[3]]
+    assert spec.parse("policies", filtering["--policy"][0]).detectors == ("removal:listed",)
     page.locator(f".contents [data-pick={BACKDOORS}]").uncheck()
     assert not page.locator("#download").is_visible()
     page.locator(f".contents [data-pick={MANY}]").uncheck()
     assert not page.locator("#selected").is_visible()
+
+
+@given(st.lists(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), max_size=3), min_size=1, max_size=3))
+def test_of_every_group_of_every_list_one_stays(lists):
+    called = [
+        List([data.uid(i) for g in groups for i in g], [str(n) for n, g in enumerate(groups) for _ in g], 1)
+        for groups in lists
+    ]
+    gone = unwanted(called)
+    assert all({*map(data.uid, group)} - gone for groups in lists for group in groups)
+    forced = List([data.uid(0)], [], 0)
+    also = unwanted([*called, forced])
+    assert data.uid(0) in also
+    assert all({*map(data.uid, group)} - also for groups in lists for group in groups if group != {0})
+
+
+def test_lists_that_overlap_leave_one_of_every_group_and_the_page_decides_as_the_detector_does(browser, tmp_path):
+    """A flood {0, a} that leaves 0 and copies {a, b} that leave a would, one after the other, take a and b."""
+    first, a, b = sorted(map(data.uid, range(3)))
+    members = {"natural_backdoors-near_identical": [(first, a)], "duplicates-near": [(a, b)]}
+    rng = np.random.default_rng(0)
+    more = [[tuple(map(data.uid, rng.choice(40, 3, replace=False))) for _ in range(9)] for _ in members]
+    parts, lists = data.parts(), {}
+    for (name, groups), extra in zip(members.items(), more, strict=True):
+        frame = [(uid, str(n)) for n, group in enumerate([*groups, *extra]) for uid in group]
+        told = _removable(pl.DataFrame(frame, ["uid", "group"], orient="row"), 1, f"/{name}.parquet", 1_000)
+        parts["members"][name] = replace(parts["members"][name], **told)
+        lists[name] = List(*zip(*frame, strict=True), 1)
+    lists[TAIL] = List([data.uid(i) for i in range(25, 55)], [], 0)
+    page, *_ = open_page(browser, render_audit(**parts), tmp_path, accept_downloads=True, bypass_csp=False)
+    for picked in (MANY, BACKDOORS, TAIL):
+        page.locator(f".contents [data-pick={picked}]").check()
+        chosen = {line.partition(",")[0] for line in downloaded(page, tmp_path).read_text().splitlines()[1:]}
+        so_far = [lists[name] for name in (MANY, BACKDOORS, TAIL)[: (MANY, BACKDOORS, TAIL).index(picked) + 1]]
+        assert chosen == set(unwanted(so_far))
+        if picked == BACKDOORS:
+            assert all({*group} - chosen for name in members for group in [*members[name], *more[0], *more[1]])
 
 
 @pytest.mark.parametrize(
