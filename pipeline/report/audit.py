@@ -187,7 +187,7 @@ def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any
         "stays": 0 < members.removes < finding.n,
         "whole": members.listed is not None,
         "file": finding.file,
-        "tiles": [_tile(pair, name, groups, members, whole) for pair in members.tiles],
+        "tiles": [_tile(at, name, groups, members, whole) for at in range(len(members.tiles))],
         "rows": [
             (p.uid, p.shard, groups[p.group], one_line(p.caption or ""), one_line(p.reason)) for p in members.rows
         ],
@@ -195,11 +195,11 @@ def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any
     }
 
 
-def _tile(pair: Pair, finding: str, groups: Mapping[str, int], members: Members, whole: _Whole) -> dict[str, Any]:
+def _tile(at: int, finding: str, groups: Mapping[str, int], members: Members, whole: _Whole) -> dict[str, Any]:
+    pair = members.tiles[at]
     known, before = pair.known, pair.known.before
-    alike = _alike(pair, members)
     return {
-        "id": _anchor(finding, pair),
+        "id": _anchor(finding, at),
         "uid": pair.uid,
         "source": known.picture and data_url(known.picture[0]),
         "exact": known.picture and known.picture[1],
@@ -207,7 +207,10 @@ def _tile(pair: Pair, finding: str, groups: Mapping[str, int], members: Members,
         "reason": one_line(pair.reason),
         "group": groups[pair.group] if members.groups > 1 else 0,
         "size": pair.size,
-        "alike": [(_anchor(finding, p), one_line(p.caption or "(no caption)", 60)) for p in alike],
+        "alike": [
+            (_anchor(finding, other), one_line(members.tiles[other].caption or "(no caption)", 60))
+            for other in _alike(at, members)
+        ],
         "why": [
             (name, whole.titles[name], one_line(why)) for name, why in whole.reasons.get((pair.shard, pair.uid), ())
         ],
@@ -227,12 +230,12 @@ def _in_lines(command: str) -> str:
     return "".join(parts)
 
 
-def _alike(pair: Pair, members: Members) -> list[Pair]:
-    """The nearest of its group, in the group's order."""
-    group = [p for p in members.tiles if p.group == pair.group]
-    at = group.index(pair)
-    first = max(0, min(at - ALIKE // 2, len(group) - ALIKE - 1))
-    return [p for p in group[first : first + ALIKE + 1] if p is not pair]
+def _alike(at: int, members: Members) -> list[int]:
+    """The tiles of its group that are next to it in the group's order."""
+    group = [number for number, p in enumerate(members.tiles) if p.group == members.tiles[at].group]
+    place = group.index(at)
+    first = max(0, min(place - ALIKE // 2, len(group) - ALIKE - 1))
+    return [number for number in group[first : first + ALIKE + 1] if number != at]
 
 
 def _place(score: float, spread: Histogram | None) -> str:
@@ -245,8 +248,9 @@ def _place(score: float, spread: Histogram | None) -> str:
     return f"above the fence of {spread.fence:.4g}; {share}" if beyond else share
 
 
-def _anchor(finding: str, pair: Pair) -> str:
-    return f"{finding}:{pair.shard}:{pair.uid}".replace(" ", "_")
+def _anchor(finding: str, at: int) -> str:
+    """Of a number and not of a shard's name, which may hold anything: a link to `a%zz` is one that cannot be decoded."""
+    return f"{finding}-tile-{at + 1}"
 
 
 def _table(table: Table, number: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def pairs(first: int, text: str = "") -> list[Pair]:
             HISTORY | {"caption_before": f"a boat {text}"} if i == 1 else None,
         )
         group, caption = f"group {i // OF_A_GROUP} {text}", f"caption {number} {text}"
-        out.append(Pair(uid(number), "00000000", group, OF_A_GROUP, caption, f"one of 6 {text}", known))
+        out.append(Pair(uid(number), f"00000000{text}", group, OF_A_GROUP, caption, f"one of 6 {text}", known))
     return out
 
 
@@ -109,7 +109,7 @@ def parts(text: str = "") -> dict:
             keep=0 if whole else 1,
             file=f"/data/audited/findings/{name}.parquet",
         )
-    place = ("00000000", uid(1))
+    place = (f"00000000{text}", uid(1))
     reasons = {place: [(one.audit + "-" + one.kind, f"why {text}") for one in findings[:2]]}
     selection = Selection(
         "removal.csv",

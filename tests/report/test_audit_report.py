@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.report.audit import render_audit
 
 HOSTILE = (
-    "<script>window.ran = 1; fetch('//evil.invalid/a')</script></script>"
+    "%zz%20<script>window.ran = 1; fetch('//evil.invalid/a')</script></script>"
     "<img src=x onerror='window.ran = 2'>\"><svg onload=window.ran=3>'</title></style>]]>"
     "{{ 7 * 7 }} <meta http-equiv=refresh content='0;url=//evil.invalid'>\u202e\u0000"
 )
@@ -112,7 +112,7 @@ def test_why_a_pair_is_there(page):
     suspect = page.locator(f"#{TAIL} .tile").nth(11)
     suspect.locator("summary").click()
     assert "above the fence of 9.5" in suspect.inner_text()
-    page.goto(f"{page.url.partition('#')[0]}#{BACKDOORS}:00000000:{data.uid(29)}")
+    page.goto(f"{page.url.partition('#')[0]}#{BACKDOORS}-tile-30")
     assert page.locator(f"#{BACKDOORS} .tile").nth(29).is_visible(), "a link opens the page that its pair is on"
 
 
@@ -244,12 +244,13 @@ def test_hostile_text_stays_text(browser, tmp_path, policy):
     page, asked, said = open_page(browser, data.page(HOSTILE), tmp_path, bypass_csp=not policy)
     for details in page.locator(".tile:visible summary").all()[:2]:
         details.click()
+    assert page.locator(f"#{BACKDOORS} .tile").nth(1).locator(".alike img").count() == 4
     page.locator("#table-2 > summary").click()
     page.locator(f"{FLOODS} thead button").first.click()
     page.locator(".contents [data-pick]").first.check()
     assert page.evaluate("window.ran") is None
     assert not asked and not said
-    assert "<script>window.ran = 1" in page.locator(".gallery .caption").first.text_content()
+    assert "%zz%20<script>window.ran = 1" in page.locator(".gallery .caption").first.text_content()
     assert page.evaluate("[...document.scripts].filter(s => s.type != 'application/json').length") == 1
     assert "\u202e" not in page.content()
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
