@@ -363,7 +363,9 @@ def test_what_cannot_be_audited_is_said_in_a_line(tmp_path):
 
 
 def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
-    hostile = "<img src=x onerror=alert(1)> | `x` @everyone ![](http://x) \u202egnp\u0000 \U0001f600"
+    hostile = (
+        "<img src=x onerror=alert(1)> | `x` @everyone &commat;octocat #12 ![](http://x) \u202egnp\u0000 \U0001f600"
+    )
     rows = table(300).with_columns(
         TEXT=pl.Series([hostile] * 80 + ["x" * 70_000] * 20 + ["NaN", "None", ""] * 66 + [None] * 2)
     )
@@ -372,6 +374,8 @@ def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
     text = (tmp_path / "out/audit.md").read_text()
     for raw in ("\u202e", "\x00", "@everyone", "http://", "| `x`"):
         assert raw not in text
+    # a forge decodes entities and takes escapes out before it looks for whom to call
+    assert "\\&commat;octocat" in text and "#12" not in text
     assert not re.search(r"(?<!\\)[<!\[]", text)  # all are escaped
     flood = found(tmp_path / "out")["captions-flood"]
     assert flood.examples[0].caption == hostile
