@@ -96,7 +96,7 @@ if (location.hash) reveal();
 
 all("details.why").forEach((details) => details.addEventListener("toggle", () => {
   for (const link of all(".alike a:not(:has(img))", details)) {
-    const picture = all("img", byId(decodeURIComponent(link.hash.slice(1))))[0];
+    const picture = all(":scope > img", byId(link.hash.slice(1)))[0]; // its own, not one of those alike to it
     if (!picture) continue;
     const copy = picture.cloneNode();
     copy.alt = link.textContent;

@@ -249,7 +249,7 @@ def _place(score: float, spread: Histogram | None) -> str:
 
 
 def _anchor(finding: str, at: int) -> str:
-    """Of a number and not of a shard's name, which may hold anything: a link to `a%zz` is one that cannot be decoded."""
+    """Of a number and not of a shard's name, which may hold anything: a link to `a%zz` cannot be decoded."""
     return f"{finding}-tile-{at + 1}"
 
 
