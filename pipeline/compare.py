@@ -14,6 +14,7 @@ import tyro
 from pipeline import results
 from pipeline.bioassay import mean_over_seeds
 from pipeline.errors import InputError
+from pipeline.report.text import code, named
 from pipeline.results import ArmKey, Row
 from train.results import judged
 
@@ -65,13 +66,13 @@ def compare_results(before: str, after: str) -> str:
         a, b = one[group], two[group]
         cells = [_difference(a, b, measure) for measure in MEASURED]
         shown = " → ".join(_percent(_mean(rows, MEASURED[0])) for rows in (a, b))
-        label = names[group[2]].replace("|", "\\|")
+        label = named(names[group[2]])
         seeds = len({row["seed"] for row in a} & {row["seed"] for row in b})
-        lines.append(f"| `{group[0]}` | {group[1]:,} | {label} | {shown} | {' | '.join(cells)} | {seeds} |")
+        lines.append(f"| {code(group[0])} | {group[1]:,} | {label} | {shown} | {' | '.join(cells)} | {seeds} |")
     lines.append("")
     for where, mine, other in (("A", one, two), ("B", two, one)):
         for group in (group for group in mine if group not in other):
-            lines.append(f"- only in {where}: `{group[0]}`, {group[1]:,} poisons, {names[group[2]]}")
+            lines.append(f"- only in {where}: {code(group[0])}, {group[1]:,} poisons, {named(names[group[2]])}")
     if not {*one} & {*two}:
         lines.append("- nothing is in both")
     for where, rows in (("A", old), ("B", new)):

@@ -18,6 +18,7 @@ from pipeline.arguments import Out
 from pipeline.bioassay import UNKNOWN, Curve, Estimate, Trials, ed50, fit, mean_over_seeds, protection
 from pipeline.errors import InputError
 from pipeline.progress import console
+from pipeline.report.text import code, named
 from pipeline.results import ArmKey, Row
 from pipeline.shards.store import make_folder, write
 from train.results import SUCCESS
@@ -148,8 +149,9 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
             key = (row["attack"], row["dose_ppm"], row["seed"], results.arm_key(row))
             if key in found and any(found[key].get(name) != row.get(name) for name in (*SUCCESS, UTILITY)):
                 raise InputError(
-                    f"{path}: {row['attack']}, {row['dose']} poisons, seed {row['seed']}, {row['arm']} is in another "
-                    "of these with other figures; give one of the two, `mithridate compare` shows how they differ"
+                    f"{path}: {code(row['attack'])}, {row['dose']} poisons, seed {row['seed']}, {named(row['arm'])} is "
+                    "in another of these with other figures; give one of the two, `mithridate compare` shows how they "
+                    "differ"
                 )
             found.setdefault(key, row)
     rows, notes = list(found.values()), []
@@ -163,7 +165,7 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
     mine = [row for row in rows if row["attack"] == attack]
     measure = next((name for name in SUCCESS if any(row.get(f"{name}_n") for row in mine)), None)
     if measure is None:
-        notes.append(f"`{attack}`: success was asked of no image; is there an evaluation image of another class?")
+        notes.append(f"{code(attack)}: success was asked of no image; is there an evaluation image of another class?")
     measure = measure or SUCCESS[0]
     clean = {row["seed"]: row for row in mine if row["dose"] == 0 and row["arm"] == UNDEFENDED}
     none = [row for row in mine if row["arm"] == UNDEFENDED]
@@ -184,11 +186,11 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
             Effect(attack, key, names[key], measure, trials, undefended, lost, lost_against, cost, training, per_ppm)
         )
     if not any(len(effect.trials.doses) for effect in effects):
-        notes.append(f"`{attack}`: nothing was poisoned, so there is no dose–response.")
+        notes.append(f"{code(attack)}: nothing was poisoned, so there is no dose–response.")
     elif not none:
-        notes.append(f"`{attack}`: never tried undefended, so there are no protection factors.")
+        notes.append(f"{code(attack)}: never tried undefended, so there are no protection factors.")
     elif effects[0].said == "not reached":
-        notes.append(f"`{attack}`: not reached undefended at the highest dose: nobody is credited for its failure.")
+        notes.append(f"{code(attack)}: not reached undefended at the highest dose: nobody is credited for its failure.")
     notes += _about_seeds(attack, effects)
     return effects
 
@@ -200,15 +202,15 @@ def _about_seeds(attack: str, effects: Sequence[Effect]) -> Iterator[str]:
         if len(one.trials.doses) and (seeds := len(one.trials.seeds)) < FEW:
             few.setdefault(seeds, []).append(one.label)
     for seeds, labels in few.items():
-        who = "" if len(labels) == len(effects) else f" of {', '.join(labels)}"
+        who = "" if len(labels) == len(effects) else f" of {', '.join(map(named, labels))}"
         only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
-        yield f"`{attack}`: {seeds} seed{'s' * (seeds != 1)}{who}: {only}."
+        yield f"{code(attack)}: {seeds} seed{'s' * (seeds != 1)}{who}: {only}."
     for one in effects:
         theirs, against = one.trials.seeds, one.against.seeds
         if theirs and against and theirs != against:
             yield (
-                f"`{attack}`: {one.label} has seeds {_listed(theirs)}, undefended {_listed(against)}: no protection "
-                "factor, for the seeds that are missing may be the hard ones."
+                f"{code(attack)}: {named(one.label)} has seeds {_listed(theirs)}, undefended {_listed(against)}: no "
+                "protection factor, for the seeds that are missing may be the hard ones."
             )
 
 
@@ -217,8 +219,8 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def _trials(rows: Sequence[Row], measure: str) -> Trials:
-    asked = [(row, int(row.get(f"{measure}_n") or 0)) for row in rows]
-    return Trials.of([(row["seed"], row["dose_ppm"], round((row[measure] or 0.0) * n), n) for row, n in asked if n])
+    asked = [(row, int(row.get(f"{measure}_n") or 0)) for row in rows if row.get(measure) is not None]
+    return Trials.of([(row["seed"], row["dose_ppm"], round(row[measure] * n), n) for row, n in asked if n])
 
 
 def _lost(
@@ -261,7 +263,7 @@ def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
     heads = "arm|ED50, ppm (95%)|pairs|protection factor (95%)|top-1 lost, points (95%)|core-s per 10⁶ pairs|seeds|runs"
     lines = []
     for effects in attacks:
-        lines += [f"### `{effects[0].attack}` by {effects[0].measure}", "", f"| {heads.replace('|', ' | ')} |"]
+        lines += [f"### {code(effects[0].attack)} by {effects[0].measure}", "", f"| {heads.replace('|', ' | ')} |"]
         lines.append("|---" * (heads.count("|") + 1) + "|")
         for one in effects:
             lost = "–" if one.lost is None else "{:+.1f} ({:+.1f} – {:+.1f})".format(*one.lost)
@@ -269,9 +271,8 @@ def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
             cost += "" if one.training is None else f" (training: {one.training:+,.0f} s)"
             pairs = f"{one.ed50.least * one.pairs_per_ppm:,.0f}" if one.ed50.known else one.said
             factor = "–" if one.protection is None else str(one.protection)
-            label = one.label.replace("|", "\\|")
             lines.append(
-                f"| {label} | {one.ed50} | {pairs} | {factor} | {lost} | {cost} | {len(one.trials.seeds)} "
+                f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost} | {cost} | {len(one.trials.seeds)} "
                 f"| {int((one.trials.dose > 0).sum())} |"
             )
         if (against := effects[0].lost_against) and any(one.lost for one in effects):

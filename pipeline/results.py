@@ -6,17 +6,24 @@ looked at.
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import spec
 from pipeline.errors import InputError
+from pipeline.report.text import named
 from pipeline.shards.store import whole
 from train.results import SUCCESS
+
+if TYPE_CHECKING:
+    import polars as pl
 
 FILE = "results.parquet"
 NEEDED = ("attack", "dose", "dose_ppm", "seed", "arm", "zeroshot_top1", "zeroshot_top1_n")
 ARM = ("arm", "when", "policy", "defense", "detectors")  # what tells one arm from another
 DATA = {"recipe_digest": "recipes", "dataset_digest": "datasets", "evaluation_digest": "evaluations"}
+MEASURED = (*SUCCESS, "zeroshot_top1", "knn_top1")  # rates that verbs look at, each with its n
+TEXTS = ("attack", *ARM, "recipe", "code", *DATA)
+NUMBERS = ("dose_ppm", "samples", "train_seconds", "filter_cpu_seconds_per_million")
 Row = dict[str, Any]
 ArmKey = tuple[str, str | None, str | None, str | None, str | None]
 
@@ -38,12 +45,27 @@ def read(where: str) -> list[Row]:
         raise InputError(f"{path}: no measure of success with its n; there should be one of {', '.join(SUCCESS)}")
     if not len(table):
         raise InputError(f"{path}: no rows")
-    numbers = [name for name in ("dose", "dose_ppm", "seed") if not table[name].dtype.is_numeric()]
-    if numbers or table.select(NEEDED[:5]).null_count().sum_horizontal().item():
-        raise InputError(
-            f"{path}: {', '.join(numbers or NEEDED[:5])} must be {'numbers' if numbers else 'in every row'}"
-        )
+    if table.select(NEEDED[:5]).null_count().sum_horizontal().item():
+        raise InputError(f"{path}: {', '.join(NEEDED[:5])} must be in every row")
+    _check(path, table)
     return table.to_dicts()
+
+
+def _check(path: Path, table: "pl.DataFrame") -> None:
+    """Raises InputError where a column that some verb looks at is not of its type, or a number none that can be."""
+    import polars as pl
+
+    counts = ("dose", "seed", *(f"{name}_n" for name in MEASURED))
+    for name, kind in table.schema.items():
+        if name in TEXTS and kind not in (pl.String, pl.Null):
+            raise InputError(f"{path}: {name} must be text")
+        if kind == pl.Null or name not in (*counts, *NUMBERS, *MEASURED):
+            continue
+        if not (kind.is_integer() or (kind.is_float() and name not in counts)):
+            raise InputError(f"{path}: {name} must be {'whole ' if name in counts else ''}numbers")
+        column = table[name].drop_nulls()  # NaN is above all numbers
+        if not ((column >= 0) & (column <= 1 if name in MEASURED else column < float("inf"))).all():
+            raise InputError(f"{path}: {name} must be {'rates' if name in MEASURED else 'finite, and 0 or more'}")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -94,9 +116,9 @@ def versions(rows: Sequence[Row]) -> list[str]:
     """Recipes, data and code digests of the rows, with how many there are of each."""
     found: dict[str, int] = {}
     for row in rows:
-        recipe, data, evaluation = (row.get(name) or "?" for name in DATA)
-        name = f"recipe {row.get('recipe') or '?'} ({recipe}), data {data}, evaluation {evaluation}"
-        name += f", code {row.get('code') or '?'}"
+        recipe, data, evaluation = (named(row.get(name) or "?") for name in DATA)
+        name = f"recipe {named(row.get('recipe') or '?')} ({recipe}), data {data}, evaluation {evaluation}"
+        name += f", code {named(row.get('code') or '?')}"
         found[name] = found.get(name, 0) + 1
     return [f"{name}: {n} rows" for name, n in found.items()]
 

@@ -28,7 +28,7 @@ def compare_audits(before: str, after: str) -> str:
     for name, one, two in (
         ("data", plain(a.dataset.where), plain(b.dataset.where)),
         ("pairs", f"{a.dataset.pairs:,}", f"{b.dataset.pairs:,}"),
-        ("digest", a.dataset.sha256, b.dataset.sha256),
+        ("digest", plain(a.dataset.sha256), plain(b.dataset.sha256)),
         ("verdict", _counts(a), _counts(b)),
         ("not looked at", _unseen(a), _unseen(b)),
     ):
@@ -57,7 +57,7 @@ def _counts(audited: Audited) -> str:
 
 
 def _unseen(audited: Audited) -> str:
-    return ", ".join(dict.fromkeys(one.audit for one in audited.unseen)) or "–"
+    return ", ".join(dict.fromkeys(plain(one.audit) for one in audited.unseen)) or "–"
 
 
 def _findings(a: Audited, b: Audited) -> list[str]:

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from playwright.sync_api import expect
 from report_page import open_page
 
 from filters._batch import Batch
@@ -108,7 +109,7 @@ def test_why_a_pair_is_there(page):
     for text in (BACKDOORS, TAIL, "slof(k=16)", "a boat", "a ripe banana", "changed", data.uid(1), "640 × 480"):
         assert text in panel
     assert "above" not in panel
-    assert tile.locator(".alike img").count() == 4, "the first of its group has no picture and stays a name"
+    expect(tile.locator(".alike img")).to_have_count(4)  # the first of its group has no picture and stays a name
     suspect = page.locator(f"#{TAIL} .tile").nth(11)
     suspect.locator("summary").click()
     assert "above the fence of 9.5" in suspect.inner_text()
@@ -244,7 +245,7 @@ def test_hostile_text_stays_text(browser, tmp_path, policy):
     page, asked, said = open_page(browser, data.page(HOSTILE), tmp_path, bypass_csp=not policy)
     for details in page.locator(".tile:visible summary").all()[:2]:
         details.click()
-    assert page.locator(f"#{BACKDOORS} .tile").nth(1).locator(".alike img").count() == 4
+    expect(page.locator(f"#{BACKDOORS} .tile").nth(1).locator(".alike img")).to_have_count(4)
     page.locator("#table-2 > summary").click()
     page.locator(f"{FLOODS} thead button").first.click()
     page.locator(".contents [data-pick]").first.check()

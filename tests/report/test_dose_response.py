@@ -1,6 +1,7 @@
 """Tables and figures of dose–response, and the comparison of two results, from results.parquet alone."""
 
 import json
+import re
 
 import polars as pl
 import pytest
@@ -135,6 +136,43 @@ def test_bad_results_are_told_in_one_line(tmp_path):
     assert dose_response((whole, whole, mixed), str(tmp_path / "out")) == 0  # the same run twice is one
     said = (tmp_path / "out/dose_response.md").read_text()
     assert "mixed code versions" in said and "code d: 1 rows" in said
+
+
+HOSTILE = "\x1b]0;x\x07 | `x` <img src=x> @everyone \u202e"
+
+
+def test_what_results_are_called_reaches_a_terminal_as_text(tmp_path, capsys):
+    names = ("attack", "arm", "recipe", "code", "recipe_digest", "dataset_digest", "detectors")
+    rows = [row | dict.fromkeys(names, HOSTILE) for row in data.rows(arms=FEW[1:2], seeds=(0,), doses=(118, 354))]
+    file = data.write(tmp_path / "r.parquet", [*rows, *data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))])
+    other = data.write(tmp_path / "o.parquet", [rows[0] | {"asr_text": 0.5}])
+    only = data.write(tmp_path / "p.parquet", rows)
+    assert dose_response((only,), str(tmp_path / "out")) == 0 and compare(file, only) == 0
+    with pytest.raises(InputError) as refused:
+        dose_response((only, other), str(tmp_path / "out"))
+    for said in (capsys.readouterr().out, str(refused.value)):
+        assert "\x1b" not in said and "\u202e" not in said
+        assert not re.sub(r"`[^`\n]*`", "", said).count("@") and not re.sub(r"`[^`\n]*`", "", said).count("<img")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"attack": 3}, "attack must be text"),
+        ({"asr_text": "0.5"}, "asr_text must be numbers"),
+        ({"asr_text": float("nan")}, "asr_text must be rates"),
+        ({"asr_text": 1.5}, "asr_text must be rates"),
+        ({"asr_text_n": -1}, "asr_text_n must be finite, and 0 or more"),
+        ({"asr_text_n": 0.5}, "asr_text_n must be whole numbers"),
+        ({"zeroshot_top1_n": "7"}, "zeroshot_top1_n must be whole numbers"),
+        ({"dose_ppm": float("inf")}, "dose_ppm must be finite"),
+        ({"seed": None}, "in every row"),
+    ],
+)
+def test_results_of_other_types_are_refused_in_one_line(tmp_path, changed, told):
+    rows = [row | changed for row in data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))]
+    with pytest.raises(InputError, match=told):
+        results.read(data.write(tmp_path / "r.parquet", rows))
 
 
 def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):
