@@ -159,6 +159,10 @@ class Run:
                 return row if "dataset_digest" in row else row | self._made_of(arm)
         return None
 
+    def trained(self, arm: Arm) -> bool:
+        """Whether the arm's model is there, so that nothing but an evaluation is missing."""
+        return (self._model(arm) / "train.json").exists()
+
     def row(self, arm: Arm) -> dict[str, Any]:
         """What an arm comes to; made where it is not there. The undefended arm, where it is needed, comes first."""
         if (row := self.kept(arm)) is not None:
@@ -206,7 +210,7 @@ class Run:
         if arm.defense:
             init = final_checkpoint(str(self.folder / UNDEFENDED.folder)) if arm.watches else None
             options |= {"defense": arm.defense, "init": init}
-        model = folder if arm == UNDEFENDED else folder / "model"
+        model = self._model(arm)
         self._stage(f"train {arm.name}", train, shards, str(model), **options)
         facts = json.loads((model / "train.json").read_text())
         about = json.loads(Path(self.attacked, "dataset.json").read_text())
@@ -279,7 +283,7 @@ class Run:
         for name in self._columns(arm):
             folder, _, detector = name.partition(":")
             same = same and detector in _scored(str(self.folder / folder), plan.shards)
-        training = path.parent / "model" / "train.json"
+        training = self._model(arm) / "train.json"
         if arm.defense and training.exists():
             trained = spec.parse("defenses", json.loads(training.read_text())["defense"])
             same = same and spec.text(trained) == _by_content(arm.defense)
@@ -304,6 +308,10 @@ class Run:
     def _common(self) -> dict[str, Any]:
         total = json.loads(Path(self.attacked, "dataset.json").read_text())
         return {"attack": self.attack, "dose": total["poisoned"], "dose_ppm": total["ppm"], "seed": self.seed}
+
+    def _model(self, arm: Arm) -> Path:
+        """The folder of its training."""
+        return self.folder / arm.folder / ("" if arm == UNDEFENDED else "model")
 
     def _checkpoint(self, epoch: int) -> str:
         return str(self.folder / UNDEFENDED.folder / "checkpoints" / f"epoch_{epoch:03d}")

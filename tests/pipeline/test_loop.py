@@ -79,6 +79,23 @@ def test_a_grid_that_cannot_be_is_refused_at_once(place, tmp_path):
     assert not list((tmp_path / "out").rglob("train.json"))
 
 
+def finished(file, out) -> None:
+    """As a loop leaves OUT whose arms are all done, but of the models only the folder that scoring looks for."""
+    plan = Config.read(file)
+    found = columns({name: Rate(0.9, 10, 0.6, 0.98) for name in ("asr_text", "zeroshot_top1")})
+    found |= {"code": source_digest(), "seconds": 2.0, "train_seconds": 1.0, "samples": 96, "removed": 0}
+    found |= {"poisons_in": 10, "poisons_left": 10, "dose": 10, "dose_ppm": 1e6 / 9.6, "defense": None}
+    found |= {"filter_seconds": None, "filter_cpu_seconds_per_million": None, "recipe": plan.recipe}
+    for attack, dose, seed in itertools.product(plan.attacks, plan.doses, plan.seeds):
+        run = Run(plan, attack, dose, seed, out)
+        for arm in arms_of(plan):
+            path = run._row(arm)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row = found | {"attack": attack, "seed": seed, "arm": arm.name, "when": arm.filter and arm.filter.when}
+            path.write_text(json.dumps(row | {"policy": arm.filter and arm.filter.policy} | run._made_of(arm)))
+        (run.folder / "undefended/checkpoints/epoch_004").mkdir(parents=True, exist_ok=True)
+
+
 class _Told(Board):
     """A board that answers from a rule instead of training: each arm works from a dose on."""
 
@@ -91,6 +108,41 @@ class _Told(Board):
         self.asked.append((run.seed, int(run.dose), arm.folder))
         works = int(run.dose) >= self.works_from[arm.folder] + run.seed * self.harder
         return {"asr_text": float(works), "asr_text_n": 10}
+
+
+def test_what_is_left_is_counted_in_trainings_and_after_what_the_searches_know(place, tmp_path):
+    """Fixed: a row that was only asked takes no training. Bisected: a finished search has nothing left."""
+    file = config(place)
+    plan, arms = Config.read(file), arms_of(Config.read(file))
+    finished(file, tmp_path / "clean")
+    runs = [Run(plan, attack, "0", 0, tmp_path / "clean") for attack in plan.attacks]
+    for run, seconds in zip(runs, (100.0, 1.0), strict=True):  # of the second attack the evaluation alone
+        for arm in arms:
+            run._row(arm).write_text(json.dumps(json.loads(run._row(arm).read_text()) | {"seconds": seconds}))
+    found = estimate(plan, tmp_path / "clean")
+    assert (found.trainings, found.done, found.seconds) == (3, 3, 100.0)
+    runs[1]._row(arms[0]).unlink()
+    assert estimate(plan, tmp_path / "clean").left == 0
+
+    file = config(place, attacks=["sig(target='banana')"], doses=[GRID])
+    plan, arms, out = Config.read(file), arms_of(Config.read(file)), tmp_path / "bisected"
+
+    class Kept(_Told):
+        def row(self, run, arm):
+            row = super().row(run, arm)
+            run._row(arm).parent.mkdir(parents=True, exist_ok=True)
+            run._row(arm).write_text(json.dumps(row | {"seconds": 1.0, "dataset_digest": ""}))
+            return row
+
+    most = estimate(plan, out).trainings
+    left = []
+    for _ in _bisected(plan, plan.attacks[0], Adaptive.parse(GRID), out, Kept({a.folder: 8 for a in arms}), arms):
+        left.append(estimate(plan, out).left)
+    assert len(left) <= most and left[-1] == 0 and left == sorted(left, reverse=True)
+    assert estimate(plan, out).done == len(left)
+    failed = tmp_path / "failed"
+    for _ in _bisected(plan, plan.attacks[0], Adaptive.parse(GRID), failed, Kept({a.folder: 99 for a in arms}), arms):
+        assert estimate(plan, failed).left == 0  # not reached at the highest dose: one training says all
 
 
 def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, tmp_path):
@@ -121,23 +173,6 @@ def test_once_an_attack_works_with_one_seed_every_seed_has_every_arm(place, tmp_
     nobody = _Told({arm.folder: 1000 for arm in arms})
     list(_bisected(plan, plan.attacks[0], grid, tmp_path, nobody, arms))
     assert nobody.asked == [(seed, 64, "undefended") for seed in (0, 1, 2)]
-
-
-def finished(file, out) -> None:
-    """As a loop leaves OUT whose arms are all done, but of the models only the folder that scoring looks for."""
-    plan = Config.read(file)
-    found = columns({name: Rate(0.9, 10, 0.6, 0.98) for name in ("asr_text", "zeroshot_top1")})
-    found |= {"code": source_digest(), "seconds": 2.0, "train_seconds": 1.0, "samples": 96, "removed": 0}
-    found |= {"poisons_in": 10, "poisons_left": 10, "dose": 10, "dose_ppm": 1e6 / 9.6, "defense": None}
-    found |= {"filter_seconds": None, "filter_cpu_seconds_per_million": None, "recipe": plan.recipe}
-    for attack, dose, seed in itertools.product(plan.attacks, plan.doses, plan.seeds):
-        run = Run(plan, attack, dose, seed, out)
-        for arm in arms_of(plan):
-            path = run._row(arm)
-            path.parent.mkdir(parents=True)
-            row = found | {"attack": attack, "seed": seed, "arm": arm.name, "when": arm.filter and arm.filter.when}
-            path.write_text(json.dumps(row | {"policy": arm.filter and arm.filter.policy} | run._made_of(arm)))
-        (run.folder / "undefended/checkpoints/epoch_004").mkdir(parents=True)
 
 
 def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(place, tmp_path):
