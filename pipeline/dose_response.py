@@ -5,7 +5,7 @@ measured is told as not measured. docs/dose_response.md says what the numbers me
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from train.results import SUCCESS
 UNDEFENDED = "undefended"
 UTILITY = "zeroshot_top1"
 FEW = 3  # seeds
+WITHOUT_POISON, SAME_DOSES = "undefended, both without poison", "undefended at the same doses"
 
 
 def dose_response(
@@ -226,15 +227,17 @@ def _trials(rows: Sequence[Row], measure: str) -> Trials:
 def _lost(
     own: Sequence[Row], clean: dict[int, Row], none: Sequence[Row]
 ) -> tuple[tuple[float, float, float] | None, str]:
-    """Points of zero-shot top-1, paired by seed: against the clean model, or where that is missing at the same dose."""
-    same = {(row["seed"], row["dose_ppm"]): row for row in none}
-    find: Callable[[Row], Row | None] = lambda row: clean.get(row["seed"])  # noqa: E731
-    against = "unpoisoned, undefended"
-    if not clean:
-        find, against = (lambda row: same.get((row["seed"], row["dose_ppm"]))), "undefended at the same dose"
+    """Points of zero-shot top-1 lost against the undefended model, paired by seed and dose, and what it is against.
+
+    At dose 0 where the arm has it: bisected doses differ from arm to arm, and poison costs accuracy too.
+    """
+    without = [row for row in own if row["dose"] == 0 and row["seed"] in clean]
+    against = WITHOUT_POISON if without else SAME_DOSES
+    control = [*clean.values()] if without else none
+    same = {(row["seed"], row["dose_ppm"]): row for row in control}
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    for row in own:
-        other = find(row)
+    for row in without or own:
+        other = same.get((row["seed"], row["dose_ppm"]))
         if other is None or other is row or row.get(UTILITY) is None or other.get(UTILITY) is None:
             continue
         variance = sum(r[UTILITY] * (1 - r[UTILITY]) / max(r[f"{UTILITY}_n"] or 1, 1) for r in (row, other))
@@ -275,8 +278,9 @@ def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
                 f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost} | {cost} | {len(one.trials.seeds)} "
                 f"| {int((one.trials.dose > 0).sum())} |"
             )
-        if (against := effects[0].lost_against) and any(one.lost for one in effects):
-            lines += ["", f"Top-1 lost is against: {against}."]
+        for against in (WITHOUT_POISON, SAME_DOSES):
+            if of := [named(one.label) for one in effects if one.lost and one.lost_against == against]:
+                lines += ["", f"Top-1 lost by {', '.join(of)} is against: {against}."]
         lines.append("")
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 

@@ -33,7 +33,8 @@ def test_the_table_finds_what_the_curves_were_made_with(made):
     assert roclip["protection"] is None and roclip["protection_least"] == pytest.approx(5, rel=0.3)
     assert none["ed50_pairs"] == pytest.approx(none["ed50_ppm"] * data.PAIRS / 1e6)
     assert (
-        roclip["utility_lost_low"] < 2.5 < roclip["utility_lost_high"] and "unpoisoned" in none["utility_lost_against"]
+        roclip["utility_lost_low"] < 2.5 < roclip["utility_lost_high"]
+        and "without poison" in roclip["utility_lost_against"]
     )
     assert score["cpu_seconds_per_million"] == 2295
     assert roclip["training_seconds_per_million"] == pytest.approx(40 / data.PAIRS * 1e6)
@@ -59,7 +60,7 @@ def test_random_removal_at_several_budgets_is_told_apart(tmp_path):
     dose_response((file,), str(tmp_path / "out"))
     said = (tmp_path / "out/dose_response.md").read_text()
     assert "| random, 10% removed |" in said and "| random, 50% removed |" in said
-    assert "1 seed: the interval is over images" in said and "undefended at the same dose" in said
+    assert "1 seed: the interval is over images" in said and "undefended at the same doses" in said
 
 
 def test_nothing_poisoned_all_poisoned_and_nobody_asked(tmp_path):
@@ -73,6 +74,20 @@ def test_nothing_poisoned_all_poisoned_and_nobody_asked(tmp_path):
     rows = [row | {"asr_text": None, "asr_text_n": None} for row in data.rows(arms=FEW, seeds=(0,), doses=(118,))]
     dose_response((data.write(tmp_path / "one_class.parquet", rows),), str(tmp_path / "one"))
     assert "success was asked of no image" in (tmp_path / "one/dose_response.md").read_text()
+
+
+def test_utility_lost_is_not_the_price_of_the_doses_that_a_search_happened_to_ask_for(tmp_path):
+    """Poison costs accuracy: 1 point at 59 poisons, 20 at 1180. The arm, asked at 1180 alone, loses 2 at any dose."""
+    priced = [
+        row | data.measured("zeroshot_top1", round(1867 * (0.5 - row["dose"] * 0.2 / 1180 - 0.02 * lost)), 1867)
+        for row in data.rows(arms=[FEW[0], FEW[1]], doses=(0, 59, 1180))
+        for lost in [row["arm"] != "undefended"]
+        if not lost or row["dose"] != 59
+    ]
+    for name, rows in {"with": priced, "not": [r for r in priced if r["dose"] or r["arm"] == "undefended"]}.items():
+        dose_response((data.write(tmp_path / f"{name}.parquet", rows),), str(tmp_path / name))
+        found = pl.read_parquet(tmp_path / name / "dose_response.parquet").filter(label="clip_score").to_dicts()[0]
+        assert found["utility_lost_points"] == pytest.approx(2, abs=0.1)
 
 
 def test_an_attack_that_never_works_credits_nobody(tmp_path):
