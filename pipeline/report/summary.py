@@ -61,11 +61,12 @@ def verdict(arms: Rows) -> str:
 def _sentences(arms: Rows) -> str:
     success = next((name for name in SUCCESS if any(arm.get(name) is not None for arm in arms)), SUCCESS[0])
     asr, accuracy = _means(arms, success), _means(arms, "zeroshot_top1")
-    undefended = asr["undefended"]
+    undefended = asr.get("undefended")
     attack, dose, ppm = spec.parse_call(arms[0]["attack"])[0], arms[0]["dose"], arms[0]["dose_ppm"]
-    start = (
-        f"Undefended, {dose:,} poisons of {attack!r} ({ppm:,.0f} ppm) reach an attack success rate of {undefended:.1%}."
-    )
+    start = f"Undefended, {dose:,} poisons of {attack!r} ({ppm:,.0f} ppm)"
+    if undefended is None:
+        return f"{start} were asked of no image: nobody knows whether they work."
+    start += f" reach an attack success rate of {undefended:.1%}."
     if undefended < VALID_ASR:
         return f"{start} Below {VALID_ASR:.0%} the attack is not valid: no filter is credited for its failure."
     filters = {name: rate for name, rate in asr.items() if not name.startswith(("undefended", *CONTROLS))}
@@ -73,20 +74,20 @@ def _sentences(arms: Rows) -> str:
         return start
     best = min(filters, key=lambda name: filters[name])
     control = next((f"; random removal leaves {rate:.1%}" for n, rate in asr.items() if n.startswith("random")), "")
-    change = 100 * (accuracy[best] - accuracy["undefended"])
     kind = "filter or defense" if any(arm.get("defense") for arm in arms) else "filter"
-    return (
-        f"{start} The best {kind} here, {best}, leaves {filters[best]:.1%}{control}. "
-        f"It changes zero-shot accuracy by {change:+.1f} points."
-    )
+    said = f"{start} The best {kind} here, {best}, leaves {filters[best]:.1%}{control}."
+    if best in accuracy and "undefended" in accuracy:
+        said += f" It changes zero-shot accuracy by {100 * (accuracy[best] - accuracy['undefended']):+.1f} points."
+    return said
 
 
 def _means(arms: Rows, measure: str) -> dict[str, float]:
-    """Mean over seeds of a measure, by arm; an arm is a detector at an epoch."""
+    """Mean over seeds of a measure, by arm (a detector at an epoch), without who was not asked."""
     out: dict[str, list[float]] = {}
     for arm in arms:
         name = f"{arm['arm']} at {arm['when']}" if arm["when"] else arm["arm"]
-        out.setdefault(name, []).append(arm[measure] or 0.0)
+        if arm[measure] is not None:
+            out.setdefault(name, []).append(arm[measure])
     return {name: float(np.mean(values)) for name, values in out.items()}
 
 
