@@ -42,7 +42,11 @@ def write_report(
     ledger: str | None,
 ) -> None:
     """Write OUT/report.html; `found` is by AUDIT-KIND."""
-    named = {name: one.members for name, one in found.items() if one.members is not None and one.members.height}
+    named = {
+        name: one.members.with_columns(size=pl.len().over("group"))
+        for name, one in found.items()
+        if one.members is not None and one.members.height
+    }
     tiles = {name: shown(members, min(TILES, PICTURES // len(named))) for name, members in named.items()}
     places = {place for of in tiles.values() for place in of.select("shard", "uid").iter_rows()}
     known = _known(shards, about, source, with_scores, ledger, places)
@@ -52,10 +56,9 @@ def write_report(
     for name, of in sorted(
         named.items(), key=lambda item: item[1].height
     ):  # more lists are whole if short ones are first
-        sized = of.with_columns(size=pl.len().over("group"))
         told = Members(
-            [_pair(row, known) for row in shown(sized, len(tiles[name])).iter_rows(named=True)] if about.images else (),
-            [_pair(row, {}) for row in shown(sized, ROWS).iter_rows(named=True)],
+            [_pair(row, known) for row in tiles[name].iter_rows(named=True)] if about.images else (),
+            [_pair(row, {}) for row in shown(of, ROWS).iter_rows(named=True)],
             of["group"].n_unique(),
         )
         if about.images and found[name].remedy is None:

@@ -18,8 +18,11 @@ from report_page import open_page
 from filters._batch import Batch
 from filters.listed import List, unwanted
 from pipeline import spec
-from pipeline.audit_report import _removable
+from pipeline.audit_columns import Source
+from pipeline.audit_report import _removable, write_report
+from pipeline.audits._audit import About, Found
 from pipeline.errors import InputError
+from pipeline.inputs import Inputs
 from pipeline.report.audit import render_audit
 
 HOSTILE = (
@@ -300,6 +303,16 @@ def test_paper_shows_what_can_be_read_and_no_buttons(page):
     assert page.locator(f"#{BACKDOORS} .command").is_visible()
     assert len(page.pdf()) > 10_000
     page.emulate_media(media="screen")
+
+
+def test_a_gallery_shows_all_pairs_that_were_chosen_for_it(tmp_path):
+    """Groups of 1000, 2 and 2: sixteen of the first, and the others whole."""
+    rows = [(data.uid(i), "0", group, "caption", "why") for i, group in enumerate("a" * 1000 + "bbcc")]
+    members = pl.DataFrame(rows, ["uid", "shard", "group", "caption", "reason"], orient="row")
+    found = {MANY: Found("near", "warning", "", 1004, 2000, "", "", members, keep=1)}
+    source = Source(str(tmp_path), Inputs("", "", "", "key"), (), False)
+    write_report(data.parts()["audited"], found, [], About({}, {}, {}, [], {}, True), source, False, None)
+    assert (tmp_path / "report.html").read_text().count('<li class="tile"') == 20
 
 
 def test_same_audit_same_bytes():
