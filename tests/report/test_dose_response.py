@@ -153,6 +153,16 @@ def test_bad_results_are_told_in_one_line(tmp_path):
     assert "mixed code versions" in said and "code d: 1 rows" in said
 
 
+def test_compare_is_of_the_seeds_that_both_have_and_of_shares_of_poison(tmp_path, capsys):
+    rows = data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))
+    other = [row | {"seed": 1} | data.measured("asr_text", 1867, 1867) for row in rows]
+    few = [row | data.measured("asr_text", 10, 10) for row in rows]
+    twice = [row | {"dose": 2 * row["dose"]} for row in few]  # of twice as many pairs
+    compare(data.write(tmp_path / "a.parquet", [*few, *other]), data.write(tmp_path / "b.parquet", twice))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "| 9,999 | undefended |" in line)
+    assert "100.0% → 100.0% | +0.0 (-27.8 – +27.8)" in line and line.endswith("| 1 |")
+
+
 HOSTILE = "\x1b]0;x\x07 | `x` <img src=x> @everyone \u202e"
 
 
@@ -200,11 +210,11 @@ def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):
     files = [data.write(tmp_path / name, rows) for name, rows in (("a.parquet", before), ("b.parquet", after))]
     assert compare(*files) == 0
     said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if "| 354 | clip_score |" in line)
+    line = next(line for line in said.splitlines() if "| 29,997 | clip_score |" in line)
     was = sum(row["asr_text"] for row in before if row["arm"] == "clip_score" and row["dose"] == 354) / 3
     assert f"{was:.1%} → 0.0%" in line and f"{-100 * was:+.1f} (" in line
-    assert "| 354 | undefended | " in said and "+0.0 (" in said
-    assert f"- only in A: `{data.PATCH}`, 354 poisons, roclip" in said and "code later" in said and "mixed" not in said
+    assert "| 29,997 | undefended | " in said and "+0.0 (" in said
+    assert f"- only in A: `{data.PATCH}`, 29,997 ppm, roclip" in said and "code later" in said and "mixed" not in said
     other = data.write(tmp_path / "c.parquet", [row | {"dataset_digest": "y"} for row in before])
     mine = data.write(tmp_path / "d.parquet", [row | {"dataset_digest": "x"} for row in before])
     assert compare(mine, other) == 0
