@@ -43,8 +43,8 @@ def dose_response(
         out: folder for tables and figures.
     """
     rows, notes = _together(table)
-    names = results.labels(rows)
-    attacks = [_attack(attack, rows, names, notes) for attack in dict.fromkeys(row["attack"] for row in rows)]
+    attacks, told = responses(rows)
+    notes += told
     effects = [effect for attack in attacks for effect in attack]
     folder = Path(out)
     make_folder(str(folder))
@@ -161,6 +161,12 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     return rows, notes
 
 
+def responses(rows: Sequence[Row]) -> tuple[list[list[Effect]], list[str]]:
+    """The effects of each attack, undefended first, and what a reader has to be told of them."""
+    names, notes = results.labels(rows), list[str]()
+    return [_attack(attack, rows, names, notes) for attack in dict.fromkeys(row["attack"] for row in rows)], notes
+
+
 def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: list[str]) -> list[Effect]:
     """Its arms, undefended first."""
     mine = [row for row in rows if row["attack"] == attack]
@@ -261,6 +267,11 @@ def _mean(values: Any) -> float | None:
     return sum(there) / len(there) if there else None
 
 
+def lost_text(effect: Effect) -> str:
+    """Points of top-1 with their interval."""
+    return "–" if effect.lost is None else "{:+.1f} ({:+.1f} – {:+.1f})".format(*effect.lost)
+
+
 def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
     """A table an attack."""
     heads = "arm|ED50, ppm (95%)|pairs|protection factor (95%)|top-1 lost, points (95%)|core-s per 10⁶ pairs|seeds|runs"
@@ -269,14 +280,13 @@ def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
         lines += [f"### {code(effects[0].attack)} by {effects[0].measure}", "", f"| {heads.replace('|', ' | ')} |"]
         lines.append("|---" * (heads.count("|") + 1) + "|")
         for one in effects:
-            lost = "–" if one.lost is None else "{:+.1f} ({:+.1f} – {:+.1f})".format(*one.lost)
             cost = "–" if one.cost is None else f"{one.cost:,.0f}"
             cost += "" if one.training is None else f" (training: {one.training:+,.0f} s)"
             pairs = f"{one.ed50.least * one.pairs_per_ppm:,.0f}" if one.ed50.known else one.said
             factor = "–" if one.protection is None else str(one.protection)
             lines.append(
-                f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost} | {cost} | {len(one.trials.seeds)} "
-                f"| {int((one.trials.dose > 0).sum())} |"
+                f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost_text(one)} | {cost} "
+                f"| {len(one.trials.seeds)} | {int((one.trials.dose > 0).sum())} |"
             )
         for against in (WITHOUT_POISON, SAME_DOSES):
             if of := [named(one.label) for one in effects if one.lost and one.lost_against == against]:

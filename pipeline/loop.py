@@ -9,7 +9,6 @@ many models' memory. On a cluster, submit a config for each seed into the same O
 those runs done (a bisection may add the arms of a seed with which the attack fails) and makes the table.
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +57,6 @@ def loop(
     """
     plan, folder = Config.read(config), Path(out).absolute()
     _check(plan)
-    begin = time.monotonic()
     cost = estimate(plan, folder)
     console.print(f"loop: recipe {plan.recipe!r}, {cost}")
     if dry_run:
@@ -86,7 +84,7 @@ def loop(
     write_rows(folder / "detectors.parquet", detectors)
     from pipeline.report.summary import write_report
 
-    write_report(plan, runs, arms, detectors, Path(config), folder, time.monotonic() - begin)
+    write_report(plan, runs, arms, detectors, Path(config), folder)
     return 0
 
 

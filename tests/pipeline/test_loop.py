@@ -1,8 +1,10 @@
 """What a loop costs, which runs a bisection takes, and that what is shared is trained once."""
 
+import html
 import itertools
 import json
 import os
+import re
 import shutil
 
 import polars as pl
@@ -16,7 +18,8 @@ from pipeline.doses import Adaptive
 from pipeline.errors import InputError
 from pipeline.estimate import Estimate, estimate
 from pipeline.loop import _bisected, loop
-from pipeline.runs import NOBODY, Run, arms_of, source_digest
+from pipeline.report.summary import write_report
+from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
 from pipeline.spec import digest, parse, text
 from train.metrics import Rate
 from train.results import columns
@@ -224,6 +227,25 @@ def test_a_row_of_earlier_code_is_believed_where_it_can_be_checked(place, tmp_pa
     os.utime(tmp_path / "reference" / "00000000.tar", (2**32, 2**32))
     runs._stamps.cache_clear()
     assert run.kept(arm) is None
+
+
+def test_the_report_of_several_doses_tells_how_much_poison_an_attack_takes(place, tmp_path):
+    """A rate at a dose that was chosen to lie near one half is no verdict."""
+    doses = ["2", "8", "32"]
+    finished(config(place, doses=doses), tmp_path)
+    plan = Config.read(config(place, doses=doses))
+    rows = []
+    for attack, dose, arm in itertools.product(plan.attacks, doses, arms_of(plan)):
+        row = Run(plan, attack, dose, 0, tmp_path).kept(arm)
+        works = 0.9 if int(dose) > (2 if arm == UNDEFENDED else 8) else 0.1
+        rows.append(row | {"dose": int(dose), "dose_ppm": int(dose) / 96e-6, "asr_text": works, "asr_text_n": 100})
+    write_report(plan, [], rows, [], tmp_path / "c.toml", tmp_path)
+    page = html.unescape(re.sub("<[^>]+>", "", (tmp_path / "report.html").read_text()))
+    assert "How much poison it takes" in page and "not valid" not in page
+    assert page.count("The highest protection factor") == 0  # random removal is a control
+    assert "Undefended, 'patch' succeeds half of the time at" in page and "Undefended, 'sig' succeeds" in page
+    assert "3 from 2 to 32 pairs" in page and "2: patch(" in page and "1 seed: the interval is over images" in page
+    assert "1 minutes" in page  # 18 rows of 2 seconds
 
 
 def test_what_is_added_to_the_scores_of_a_finished_loop_is_scored(place, tmp_path):

@@ -40,6 +40,8 @@ def report(**changes) -> str:
         "galleries": data.galleries(),
         "verdict": data.VERDICT,
         "command": data.COMMAND,
+        "responses": [data.response()],
+        "notes": ["1 seed: the interval is over images, not trainings."],
     }
     return render(**(given | changes))
 
@@ -53,7 +55,7 @@ def hostile_report() -> str:
     histograms = [replace(h, detector=mark, when=mark) for h in data.histograms()]
     return report(
         title=mark, verdict=mark, command=mark, facts={mark: mark}, arms=arms, detectors=detectors,
-        histograms=histograms, galleries={mark: tiles},
+        histograms=histograms, galleries={mark: tiles}, responses=[data.response(mark)], notes=[mark],
     )  # fmt: skip
 
 
