@@ -211,7 +211,14 @@ def test_nulls_and_empty_tables():
     assert "undefended" in report(arms=nulls, histograms=[], galleries={})
     nans = data.arms().with_columns(asr_text=pl.lit(float("nan")), zeroshot_top1=pl.lit(None, pl.Float64))
     assert ">nan" not in report(arms=nans).lower()
-    empty = report(arms=data.arms().head(0), detectors=pl.DataFrame(), histograms=[], galleries={"None": []}, facts={})
+    empty = report(
+        arms=data.arms().head(0),
+        detectors=pl.DataFrame(),
+        histograms=[],
+        galleries={"None": []},
+        facts={},
+        responses=[],
+    )
     assert "No samples." in empty and "<table" not in empty
     print_tables(nulls, pl.DataFrame(), Console(file=io.StringIO()))
 
