@@ -488,9 +488,11 @@ def test_the_report_shows_what_was_found(planted):
     assert "Its history" in poisons and "mine:mine()" in poisons and "published similarity" in poisons
     assert "no image</div>" in html.split('id="conservation-no_image"')[1].split("</article>")[0]
     lists = json.loads(html.split('id="lists">')[1].split("</script>")[0])
-    gone = bytes.hex(base64.b64decode(lists["natural_backdoors-near_identical"]["listed"]))
+    copies = lists["natural_backdoors-near_identical"]
+    told = bytes.hex(base64.b64decode(copies["listed"]))
     listed = pl.read_parquet(out / "findings/natural_backdoors-near_identical.parquet")["uid"]
-    assert [gone[i : i + 32] for i in range(0, len(gone), 32)] == sorted(listed)[1:], "one of the copies stays"
+    assert [told[i : i + 32] for i in range(0, len(told), 32)] == sorted(listed)
+    assert copies["sizes"] == [8] and copies["keep"] == 1, "one of the copies stays"
     assert "leakage-attribute" not in lists, "its command removes nothing"
 
 
