@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import ledger, spec
-from pipeline.arguments import Out, Shards
+from pipeline.arguments import Out, Shards, at_least_one
 from pipeline.choice import BUDGETS, Canaries, Rule, choose, held_out
 from pipeline.draw import hash64
 from pipeline.embed import embed
@@ -127,6 +127,7 @@ class _Calibration:
         """Everything that can be wrong is found before the first hour is spent."""
         list_shards(self.shards)
         Dose.parse(self.dose)
+        at_least_one("--detectors", self.detectors)
         if not 0 < self.drop < 1 or self.most < 1:
             raise InputError("--drop is a share between 0 and 1, --most at least 1")
         families = {spec.innermost(text) for text in self.attacks}
@@ -176,6 +177,11 @@ class _Calibration:
 
         model = self.out / "model"
         stage("canaries", poison, self.shards, self.canaries, attack=self._attack, dose=self.dose, **self._drawn())
+        if len(found := set(self.family().values())) < 2:
+            raise InputError(
+                f"--dose {self.dose}: the canaries are of {len(found)} family, and one is to be left out; take a "
+                "larger dose, or attacks that the data has pairs for"
+            )
         stage("train", train, self.canaries, str(model), recipe=self.recipe, **self._drawn())
         when, before = self.when(), ""
         embedding = {*EMBEDDED, *EARLIER} & {need for text in self.detectors for need in _detector(text).needs}
@@ -201,9 +207,12 @@ class _Calibration:
             {"folder": scored.called(self.scores(epoch)), "epoch": epoch, "detectors": names}
             for epoch, names in when.items()
         ]
+        return collect(scored, list_shards(self.canaries), self.family(), self.seed), folders
+
+    def family(self) -> dict[str, str]:
+        """Of each canary."""
         known = ledger.read(ledger.ledger_path(self.canaries))
-        family = {who: spec.innermost(text) for who, text in zip(*_pair(known, "uid", "attack"), strict=True)}
-        return collect(scored, list_shards(self.canaries), family, self.seed), folders
+        return {who: spec.innermost(text) for who, text in zip(*_pair(known, "uid", "attack"), strict=True)}
 
     def _drawn(self) -> dict[str, Any]:
         return {"seed": self.seed, "uid": self.uid}

@@ -120,7 +120,8 @@ def read_embeddings(path: str) -> Embeddings:
         model = json.loads((table.schema.metadata or {})[b"mithridate"])["model"]
         image, text = (_embeddings(table.column(name)) for name in ("image", "text"))
     except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not embeddings ({error}); make them with `mithridate embed`") from error
+        why = "no model in its metadata" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: not embeddings ({why}); make them with `mithridate embed`") from error
     return Embeddings(np.asarray(table.column("uid").to_pylist(), dtype=object), image, text, model)
 
 

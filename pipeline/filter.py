@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import ledger, sidecars, spec
-from pipeline.arguments import Out, Shards
+from pipeline.arguments import Out, Shards, at_least_one
 from pipeline.buckets import Buckets, by_sample
 from pipeline.dataset import Row, describe, write_stats
 from pipeline.errors import InputError
@@ -50,6 +50,7 @@ def filter_shards(
         max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
     listed, out = list_shards(shards), absolute(out)
+    at_least_one("--scores", scores)
     entry = spec.parse("policies", policy)
     scored = Scored(tuple(map(absolute, scores)))
     names = [shard.name for shard in listed]
@@ -69,8 +70,6 @@ def _filter(
     shards: list[Shard], out: str, scored: Scored, policy: Any, fitted: Any, uid: UidRule, max_failed: int
 ) -> None:
     kept, quarantine = join(out, "kept"), join(out, "quarantine")
-    make_folder(kept)
-    make_folder(quarantine)
     known = ledger.known(shards)
     facts = {"policy": spec.text(policy), "fitted": _told(fitted), "uid": uid}
     paths = [path for shard in shards for path in scored.paths(shard.name)]
@@ -131,20 +130,26 @@ class _Filter:
 
         def keep(sample: Sample) -> Sample | None:
             dropped = drops.get(sample.uid, True)
-            why = "unscored" if sample.uid in unscored or sample.uid not in drops else spec.text(self.policy)
+            why = "unscored" if sample.uid in unscored else spec.text(self.policy)
             reasons[sample.uid] = why if dropped else None
             return None if dropped else sample
 
+        for folder in ("kept", "quarantine"):
+            make_folder(join(out, folder))
         counts = rewrite(shard, join(out, "kept"), keep, self.uid, dropped=join(out, "quarantine"))
-        if reasons and drops.keys().isdisjoint(reasons):
+        if missing := reasons.keys() - drops.keys():
             folder = self.scored.folders[0]
-            raise InputError(f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?")
+            if len(missing) == len(reasons):
+                raise InputError(f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?")
+            raise InputError(
+                f"{folder}: {len(missing):,} of the {len(reasons):,} pairs of {shard.path} have no row; score it anew "
+                "(what has no score has a row with NaN)"
+            )
         for folder in self.scored.folders:
             check_made_from(folder, shard, counts.input_sha256, "run `mithridate score` on them")
         counts.reasons = dict(collections.Counter(why for why in reasons.values() if why))
-        part = f"{shard.name}.keep.parquet"
-        columns = {"uid": list(reasons), "kept": [why is None for why in reasons.values()]}
-        sidecars.save(join(out, part), pa.table({**columns, "reason": pa.array(list(reasons.values()), pa.string())}))
+        part, whys = f"{shard.name}.keep.parquet", list(reasons.values())
+        sidecars.save(join(out, part), pa.table([list(reasons), [why is None for why in whys], whys], _keep_schema()))
         sizes = {"kept": counts.out, "quarantine": counts.dropped}
         stats = [f"{folder}/{write_stats(join(out, folder), shard, n)}" for folder, n in sizes.items()]
         manifests = [f"{folder}/{file}" for folder in sizes for file in counts.facts["files"]]
@@ -168,6 +173,12 @@ def _told(fitted: Any) -> Any:
     return [_told(value) for value in fitted] if isinstance(fitted, tuple) else fitted
 
 
+def _keep_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([("uid", pa.string()), ("kept", pa.bool_()), ("reason", pa.string())])
+
+
 def _keep_lists(out: str, shards: list[Shard], n: int) -> None:
     """keep.parquet in shard order, and keep.npy sorted: dtype u8,u8, the two halves of each kept uid (DataComp)."""
     import pyarrow as pa
@@ -177,9 +188,8 @@ def _keep_lists(out: str, shards: list[Shard], n: int) -> None:
         for shard in shards:
             yield sidecars.read(join(out, f"{shard.name}.keep.parquet"), ("uid", "kept"), "run the filter again")
 
-    schema = pa.schema([("uid", pa.string()), ("kept", pa.bool_()), ("reason", pa.string())])
     sample = [np.empty(0, np.uint64)]
-    with whole(join(out, "keep.parquet")) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), schema) as writer:
+    with whole(join(out, "keep.parquet")) as file, pq.ParquetWriter(pa.PythonFile(file, "w"), _keep_schema()) as writer:
         for part in parts():
             writer.write_table(part)
             sample.append(_halves(part)[::SAMPLED, 0])

@@ -188,5 +188,9 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     parts = [part for part in parts if len(part)]
     if not parts:
         return Batch(np.empty(0, object))
+    for name in COLUMNS:
+        if len(widths := {getattr(part, name).shape[1:] for part in parts}) > 1:
+            told = " and ".join(str(*width) for width in sorted(widths))
+            raise InputError(f"embeddings of {told} numbers a pair ({name}); embed all shards with one model")
     columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     return Batch(**columns)

@@ -16,7 +16,7 @@ import numpy as np
 from filters._batch import Batch, Drawn
 from filters._knn import most
 from pipeline import sidecars, spec
-from pipeline.arguments import Out, Shards
+from pipeline.arguments import Out, Shards, at_least_one
 from pipeline.config import POOL
 from pipeline.errors import InputError
 from pipeline.inputs import EARLIER, EMBEDDED, Inputs
@@ -64,6 +64,7 @@ def score(
         max_failed_shards: so many shards may be unreadable; they are listed, and missing in OUT.
     """
     listed, out = list_shards(shards), absolute(out)
+    at_least_one("--detector", detector)
     entries = [spec.parse("detectors", text) for text in detector]
     embedded, before, traced = (absolute(folder) if folder else "" for folder in (embeddings, earlier, traces))
     inputs = Inputs(embedded, before, traced, uid)
@@ -123,6 +124,8 @@ def _report(markers: Sequence[dict[str, Any]], names: Sequence[str], probes: int
         spent = sum(m["seconds"].get(name, 0.0) for m in markers)
         unscored = sum(m["facts"]["unscored"][name] for m in markers)
         note = f", {unscored} unscored (taken as most suspicious)" if unscored else ""
+        ends = {end for m in markers for end in m["facts"]["range"].get(name, ())}
+        note += ", the same score for all: it tells nothing apart" if len(ends) == 1 and total > unscored + 1 else ""
         console.print(f"  {name}: {1e6 * spent / max(total, 1):.1f} µs a pair{note}")
     hits, of = (sum(m["facts"]["recall"][i] for m in markers) for i in (0, 1))
     if of:
@@ -257,6 +260,9 @@ class _Score:
         recall = near.save(batch, pool, before) if pool is not None else (0, 0)
         unscored = {name: int(np.isnan(values).sum()) for name, values in columns.items()}
         counts.facts = {"unscored": unscored, "models": models, "recall": recall}
+        counts.facts["range"] = {
+            name: [float(np.nanmin(v)), float(np.nanmax(v))] for name, v in columns.items() if unscored[name] < len(v)
+        }
         _write(path, batch.uid, columns, {**self.facts, "of": of})
         return counts
 

@@ -9,8 +9,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import logging
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pipeline.cluster import connected
 from pipeline.errors import InputError
 from pipeline.progress import console, meter
 from pipeline.shards import Counts, Shard, manifest
@@ -40,7 +39,6 @@ from pipeline.shards.store import (
 from pipeline.spec import digest
 
 RUN = "run.json"  # what a folder is the output of, and of how many shards
-STARTS = 3  # tries of Ray to come up
 RETRIES = 3  # of a task whose worker or node died; errors of our own are not retried
 IN_FLIGHT_PER_CPU = 2
 # Ctrl-C is often seen as a task comes home, and Ray's driver aborts where a task is cancelled while it completes (ray's
@@ -49,12 +47,6 @@ SETTLE = 0.5  # seconds
 READERS = 16  # markers that are read at once
 COUNTED = ("read", "out", "dropped", "failed", "changed")
 _held: set[str] = set()  # folders that this process has locked
-
-
-class NotStarted(InputError):
-    """Ray did not come up: nothing is wrong with the input."""
-
-    exit_code = 1
 
 
 class ShardsFailed(InputError):
@@ -117,7 +109,7 @@ def each(
     """
     if not shards:
         return
-    ray = _ray()
+    ray = connected(log_to_driver=False)
     with meter(label, len(shards)) as progress:
         cpus = int(ray.cluster_resources().get("CPU", 1))
         gpus = 1 if gpu and ray.cluster_resources().get("GPU", 0) else 0
@@ -186,12 +178,12 @@ def shard_map(
             console.print(f"{job.name}: {len(shards) - len(todo)} of {len(shards)} shards are done already")
         about = {"job": job.name, "spec": job.spec, "spec_digest": job.digest, "code": job.code, "shards": len(shards)}
         write(join(job.out, RUN), json.dumps(about, indent=1).encode())
-        failures: list[str] = []
+        failures: dict[Shard, str] = {}
         task = _Marked(job, work)
         try:
             for shard, result in each(job.name, todo, task, *shared, gpu=gpu) if todo else ():
                 if isinstance(result, InputError):
-                    failures.append(str(result))
+                    failures[shard] = str(result)
                     with suppress(InputError, OSError):  # a full disk may be why it failed
                         write(failure_path(job.out, shard), str(result).encode())
                 else:
@@ -200,12 +192,20 @@ def shard_map(
         finally:  # of workers that were killed while others did their shards again
             clear_temporaries(job.out)
     if failures:
-        listed = "\n  ".join(failures)
-        message = f"{len(failures)} of {len(shards)} shards failed:\n  {listed}"
+        message = f"{len(failures)} of {len(shards)} shards failed:\n  {_by_reason(failures)}"
         if len(failures) > job.max_failed:
             raise ShardsFailed(message)
         console.print(f"{message}\n  (tolerated; the same command tries them again)")
     return [markers[s.name] for s in shards if s.name in markers]
+
+
+def _by_reason(failures: Mapping[Shard, str]) -> str:
+    """A line for each failure, and one for all that differ in the shard alone."""
+    alike: dict[str, list[str]] = {}
+    for shard, said in failures.items():
+        alike.setdefault(said.removeprefix(f"{shard.path}: "), []).append(said)
+    more = (f" (so do {len(said) - 1:,} more shards)" if len(said) > 1 else "" for said in alike.values())
+    return "\n  ".join(said[0] + others for said, others in zip(alike.values(), more, strict=True))
 
 
 def refuse_others_shards(out: str) -> None:
@@ -300,6 +300,8 @@ class _Marked:
                 "code": self.job.code,
                 **dataclasses.asdict(counts),
             }
+            files = [] if is_url(out) else [*filter(None, (counts.output, *counts.facts.get("files", ())))]
+            marker["bytes"] = {file: stamp(join(out, file))["bytes"] for file in files}
         marker |= {"input": source, "finished": time.time()}
         write(marker_path(out, shard), json.dumps(marker, indent=1, sort_keys=True).encode())
         remove(failure_path(out, shard))
@@ -335,18 +337,18 @@ def read_markers(paths: Sequence[str]) -> list[dict[str, Any]]:
 def _read_marker(path: str) -> dict[str, Any]:
     try:
         marker = json.loads(bytes(view(path)))
-        needed = ("job", "code", "spec_digest", "input_sha256", "output", "finished", *COUNTED)
+        needed = ("job", "code", "spec_digest", "input_sha256", "output", "finished", "bytes", *COUNTED)
         files = [marker["output"], *marker["facts"].get("files", ())]
         whole = all(name in marker for name in needed) and all(isinstance(f, str) and _within(f) for f in files)
+        whole = whole and set(marker["bytes"].keys()) <= set(files)
         return marker if whole and marker["input"]["file"] else {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _whole(out: str, marker: dict[str, Any]) -> bool:
-    """Whether the output, which is there, has the size it had. Remote ones appear only whole."""
-    size, path = marker.get("output_bytes"), join(out, marker["output"])
-    return not size or is_url(path) or stamp(path)["bytes"] == size
+    """Whether the files, which are there, have the size they had. Remote ones appear only whole."""
+    return is_url(out) or all(stamp(join(out, file))["bytes"] == size for file, size in marker["bytes"].items())
 
 
 def _within(file: str) -> bool:
@@ -388,26 +390,3 @@ def _files(out: str, marker: dict[str, Any]) -> list[str]:
 
 def _input(job: Job, shard: Shard) -> dict[str, Any]:
     return {"file": shard.file, **job.stamp(shard)}
-
-
-def _ray() -> Any:
-    import ray
-
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that was given no GPU sees none
-    for left in range(STARTS - 1, -1, -1):
-        if ray.is_initialized():
-            break
-        try:
-            # finds RAY_ADDRESS or a running cluster; otherwise starts one that ends with this process
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        except ValueError:  # a running cluster takes no settings of its own
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
-            why = str(error).splitlines()[0][:200]
-            ray.shutdown()
-            if not left:
-                raise NotStarted(
-                    f"Ray did not start ({why}); run the same command again when the machine is less busy"
-                ) from error
-            console.print(f"Ray did not start ({why}); trying again")
-    return ray

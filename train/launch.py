@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import tyro
 
 from pipeline.arguments import Out, Shards
+from pipeline.cluster import connected
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule, list_shards
@@ -268,11 +269,7 @@ def _on_ray(task: "Task", workers: int) -> None:
         root = str(Path(__file__).resolve().parent.parent)
         paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         variables = {"env_vars": {"PYTHONPATH": paths}}
-        settings: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": variables}
-        try:
-            ray.init(include_dashboard=False, **settings)
-        except ValueError:  # a running cluster takes no settings of its own
-            ray.init(**settings)
+        connected(logging_level=logging.WARNING, runtime_env=variables)
     has = ray.cluster_resources()
     gpu = has.get("GPU", 0) >= workers
     if not gpu and has.get("CPU", 0) < workers:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from pipeline import spec
 from pipeline.errors import InputError
 
 DIGIT = 16
@@ -16,7 +17,8 @@ NOT_SCORES = ("uid", "caption", "domain")  # the last two: `needs` of a policy, 
 def column(columns: Iterable[str], detector: str) -> str:
     """The score column that `detector` names: FOLDER:spec, or less of it (spec, FOLDER:name, name) if unambiguous."""
     have = [c for c in columns if c not in NOT_SCORES]
-    by_form = ([c for c in have if _forms(c)[i] == detector] for i in range(4))
+    asked = {detector, _in_full(detector)}
+    by_form = ([c for c in have if _forms(c)[i] in asked] for i in range(4))
     matches = next(filter(None, by_form), [])
     if len(matches) != 1:
         if matches:
@@ -26,6 +28,16 @@ def column(columns: Iterable[str], detector: str) -> str:
         shown = ", ".join(have[:SHOWN]) + (f" and {len(have) - SHOWN} more" if len(have) > SHOWN else "")
         raise InputError(f"detector {detector!r} is not among the scores{near} There are {shown}")
     return matches[0]
+
+
+def _in_full(detector: str) -> str:
+    """As `score` names its column, where it was given with parameters: kdist(k=8), say."""
+    head, bracket, parameters = detector.partition("(")
+    folder, colon, name = head.rpartition(":")
+    try:
+        return folder + colon + spec.text(spec.parse("detectors", name + bracket + parameters)) if bracket else detector
+    except InputError:  # of another version, or misspelt: the caller says what there is
+        return detector
 
 
 def _forms(name: str) -> tuple[str, str, str, str]:

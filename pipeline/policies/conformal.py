@@ -78,6 +78,11 @@ class conformal:
         if not exists(self.trusted):
             raise InputError(f"{self.trusted}: no such file; write the uids of trusted clean pairs, one a line")
         try:
-            return set(bytes(view(self.trusted)).decode().split())
+            found = set(bytes(view(self.trusted)).decode().split())
         except UnicodeDecodeError as error:
             raise InputError(f"{self.trusted}: not a text file of uids, one a line") from error
+        if "uid" in found:
+            raise InputError(
+                f"{self.trusted}: it has a header; write the uids of trusted clean pairs alone, one a line"
+            )
+        return found

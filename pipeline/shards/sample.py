@@ -153,8 +153,9 @@ def check_unique(uids: list[str], where: str) -> None:
                 break
             seen.add(twice)
         raise InputError(
-            f"{where}: uid {twice} occurs more than once; keys must be unique (where they repeat per shard: "
-            "--uid shard/key)"
+            f"{where}: uid {twice} occurs more than once, as samples {uids.index(twice):,} and "
+            f"{uids.index(twice, uids.index(twice) + 1):,} (from 0); uids that samples carry, or else their keys, must "
+            "be unique (where keys repeat per shard: --uid shard/key)"
         )
 
 
