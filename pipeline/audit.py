@@ -122,14 +122,17 @@ def _about(
         if shard.file not in read:
             path = failure_path(out, shard)
             failed[shard.file] = bytes(view(path)).decode(errors="replace") if exists(path) else "cannot be read"
-    folder = shards[0].path.rpartition("/")[0] or "."
-    recorded, made_by = [], {}
-    if not metadata and exists(join(folder, "manifest.parquet")):
-        rows, _ = read_dataset(folder)
-        named = {shard.file for shard in shards}
-        recorded = [row for row in rows if is_folder(where) or row.shard in named]
-    if not metadata:
-        paths = {marker_path(folder, shard): shard for shard in shards}
+    folders: dict[str, list[Shard]] = {}
+    for shard in shards if not metadata else ():
+        folders.setdefault(shard.path.rpartition("/")[0] or ".", []).append(shard)
+    recorded, unrecorded, made_by = [], set(), {}
+    for folder, here in folders.items():
+        named = {shard.file for shard in here}
+        if exists(join(folder, "manifest.parquet")):
+            recorded += [row for row in read_dataset(folder)[0] if is_folder(where) or row.shard in named]
+        else:
+            unrecorded |= named
+        paths = {marker_path(folder, shard): shard for shard in here}
         marked = sorted(existing(list(paths)))
         for shard, marker in zip((paths[path] for path in marked), read_markers(marked), strict=True):
             if marker and marker["output"] == shard.file and shard.file in read:
@@ -141,6 +144,7 @@ def _about(
         recorded,
         made_by,
         not metadata,
+        frozenset(unrecorded),
     )
 
 

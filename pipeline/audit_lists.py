@@ -33,17 +33,18 @@ class Removal:
     def scores(self, name: str) -> str:
         return f"{self.out}-scores/{name}"
 
-    def score(self, name: str, file: str, keep: int = 0) -> str:
-        detector = f"listed(file={file!r}{f', keep={keep}' if keep else ''})"
-        return f"mithridate score {quoted(self.where)} {quoted(self.scores(name))} --detector {quoted(detector)}"
+    def scoring(self, name: str) -> str:
+        """Without --detector."""
+        return f"mithridate score {quoted(self.where)} {quoted(self.scores(name))}"
 
     def filter(self, name: str) -> str:
         """Without --scores and --policy."""
         return f"mithridate filter {quoted(self.where)} {quoted(f'{self.out}-clean/{name}')}"
 
     def commands(self, name: str, file: str, keep: int) -> str:
+        detector = quoted(f"listed(file={file!r}{f', keep={keep}' if keep else ''})")
         scored = f"--scores {quoted(self.scores(name))} --policy {quoted(POLICY)}"
-        return f"{self.score(name, file, keep)} && {self.filter(name)} {scored}"
+        return f"{self.scoring(name)} --detector {detector} && {self.filter(name)} {scored}"
 
 
 def quoted(text: str) -> str:

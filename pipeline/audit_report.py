@@ -6,11 +6,12 @@ rest. How many pairs are shown and listed is bounded, whatever the findings have
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from filters.listed import unwanted
+from filters.listed import List, unwanted
 from pipeline import ledger as ledgers
 from pipeline import sidecars
 from pipeline.audit_columns import Rows, Source
@@ -41,7 +42,11 @@ def write_report(
     ledger: str | None,
 ) -> None:
     """Write OUT/report.html; `found` is by AUDIT-KIND."""
-    named = {name: one.members for name, one in found.items() if one.members is not None and one.members.height}
+    named = {
+        name: one.members.with_columns(size=pl.len().over("group"))
+        for name, one in found.items()
+        if one.members is not None and one.members.height
+    }
     tiles = {name: shown(members, min(TILES, PICTURES // len(named))) for name, members in named.items()}
     places = {place for of in tiles.values() for place in of.select("shard", "uid").iter_rows()}
     known = _known(shards, about, source, with_scores, ledger, places)
@@ -51,32 +56,34 @@ def write_report(
     for name, of in sorted(
         named.items(), key=lambda item: item[1].height
     ):  # more lists are whole if short ones are first
-        sized = of.with_columns(size=pl.len().over("group"))
         told = Members(
-            [_pair(row, known) for row in shown(sized, len(tiles[name])).iter_rows(named=True)] if about.images else (),
-            [_pair(row, {}) for row in shown(sized, ROWS).iter_rows(named=True)],
+            [_pair(row, known) for row in tiles[name].iter_rows(named=True)] if about.images else (),
+            [_pair(row, {}) for row in shown(of, ROWS).iter_rows(named=True)],
             of["group"].n_unique(),
         )
         if about.images and found[name].remedy is None:
-            gone = sorted(unwanted(of["uid"], of["group"], found[name].keep))
-            whole = len(gone) <= min(LISTED, left)
-            left -= len(gone) * whole
-            told = replace(
-                told,
-                removes=len(gone),
-                listed=bytes.fromhex("".join(gone)) if whole else None,
-                score=removal.score(name, join(source.out, f"findings/{name}.parquet"), found[name].keep),
-                path=quoted(removal.scores(name)),
-            )
+            told = replace(told, **_removable(of, found[name].keep, join(source.out, f"findings/{name}.parquet"), left))
+            left -= len(told.listed or b"") // 16
         members[name] = told
     file = f"{SELECTED}.csv"
     selection = Selection(
-        file, removal.score(SELECTED, file), quoted(removal.scores(SELECTED)), SELECTED, removal.filter(SELECTED)
+        file, removal.scoring(SELECTED), quoted(removal.scores(SELECTED)), SELECTED, removal.filter(SELECTED)
     )
     from pipeline.cli import version_text
 
     page = render_audit(audited, members, _reasons(named, places), selection, version_text())
     write(join(source.out, "report.html"), page.encode("utf-8", "replace"))
+
+
+def _removable(members: pl.DataFrame, keep: int, path: str, left: int) -> dict[str, Any]:
+    """What Members says of a list that a reader may select; `left` uids still fit into the page."""
+    gone = unwanted([List(members["uid"], members["group"], keep)])
+    rows = members.select("uid", "group").unique()
+    rows = rows.sort("group", "uid") if keep else rows.select("uid").unique().sort("uid")
+    whole = rows.height <= min(LISTED, left)
+    sizes = rows.group_by("group", maintain_order=True).len()["len"].to_list() if keep and whole else ()
+    uids = bytes.fromhex("".join(rows["uid"])) if whole else None
+    return {"removes": len(gone), "listed": uids, "sizes": tuple(sizes), "keep": keep, "file": path}
 
 
 def _pair(row: Mapping[str, object], known: Mapping[Place, Known]) -> Pair:

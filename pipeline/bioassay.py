@@ -61,13 +61,6 @@ class Trials:
         """float[d], ascending, without 0."""
         return np.unique(self.dose[self.dose > 0])
 
-    def only(self, seeds: Sequence[int]) -> "Trials":
-        """Runs of these seeds; itself, where it has no others."""
-        if {*self.seed.tolist()} <= {*seeds}:
-            return self
-        there = np.isin(self.seed, seeds)
-        return Trials(self.seed[there], self.dose[there], self.k[there], self.n[there])
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -130,19 +123,19 @@ def ed50(trials: Trials, draws: int = DRAWS) -> Estimate:
 
 
 def protection(arm: Trials, undefended: Trials, draws: int = DRAWS) -> Estimate:
-    """ED50 of the arm over that of no defense, on the seeds that both have; resampled together.
+    """ED50 of the arm over that of no defense; seeds are resampled together.
 
-    The interval is open where that of either ED50 is: beyond the doses that were tried nothing is known.
+    UNKNOWN where the two are not of the same seeds: which are missing may hang on how much poison they take. The
+    interval is open where that of either ED50 is: beyond the doses that were tried nothing is known.
     """
-    both = tuple(sorted({*arm.seeds} & {*undefended.seeds}))
-    if not both:
+    seeds = undefended.seeds
+    if not seeds or arm.seeds != seeds:
         return UNKNOWN
-    arm, undefended = arm.only(both), undefended.only(both)
-    (point, replicates), (against, theirs) = (_ed50s(trials, both, draws) for trials in (arm, undefended))
+    (point, replicates), (against, theirs) = (_ed50s(trials, seeds, draws) for trials in (arm, undefended))
     ratio = _log(point) - _log(against[::-1])
     if np.isinf(ratio).all():
         return UNKNOWN
-    low, high = _interval(ratio, _log(replicates) - _log(theirs[:, ::-1]), len(both))
+    low, high = _interval(ratio, _log(replicates) - _log(theirs[:, ::-1]), len(seeds))
     of_arm, of_none = ed50(arm, draws), ed50(undefended, draws)
     if of_arm.low == 0 or of_none.high == np.inf:
         low = 0.0

@@ -46,12 +46,13 @@ class Board(AbstractContextManager["Board"]):
     def row(self, run: Run, arm: Arm) -> dict[str, Any]:
         """The row of an arm, shown as running while it is made."""
         self.running = (run, arm)
-        there = run.kept(arm)
+        there, trained = run.kept(arm), run.trained(arm)
         row = there or run.row(arm)
         self.done.setdefault(run.attack, []).append(row)
         if there is None:
-            self.spent.append(row["seconds"])
-            self.left = max(self.left - 1, 0)
+            if not trained:  # at dose 0 the attacks after the first are only asked
+                self.spent.append(row["seconds"])
+                self.left = max(self.left - 1, 0)
             if not self.live:
                 console.print(f"loop: {self.headline()}")
         self.running = None

@@ -14,7 +14,9 @@ import tyro
 from pipeline import results
 from pipeline.bioassay import mean_over_seeds
 from pipeline.errors import InputError
+from pipeline.report.text import code, named
 from pipeline.results import ArmKey, Row
+from train.metrics import Z95, Rate, newcombe, wilson
 from train.results import judged
 
 # What a folder holds -> who compares two of them: (A, B) -> Markdown. A file that is given is known by its name.
@@ -54,27 +56,30 @@ def _kind(where: str) -> str:
 
 
 def compare_results(before: str, after: str) -> str:
-    """Differences B - A of attack success and accuracy, arm by arm; paired by seed where the seeds are the same."""
+    """Differences B - A of attack success and accuracy, arm by arm, of the seeds that both have."""
     old, new = results.read(before), results.read(after)
+    results.settle([*old, *new])
     names = results.labels([*old, *new])
     one, two = _grouped(old), _grouped(new)
-    heads = ["attack", "poisons", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]
+    heads = ["attack", "poisons, ppm", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for group in (group for group in one if group in two):
-        a, b = one[group], two[group]
+        seeds = {row["seed"] for row in one[group]} & {row["seed"] for row in two[group]}
+        a, b = ([row for row in rows if row["seed"] in seeds] for rows in (one[group], two[group]))
         cells = [_difference(a, b, measure) for measure in MEASURED]
         shown = " → ".join(_percent(_mean(rows, MEASURED[0])) for rows in (a, b))
-        label = names[group[2]].replace("|", "\\|")
-        seeds = len({row["seed"] for row in a} & {row["seed"] for row in b})
-        lines.append(f"| `{group[0]}` | {group[1]:,} | {label} | {shown} | {' | '.join(cells)} | {seeds} |")
+        label = named(names[group[2]])
+        lines.append(f"| {code(group[0])} | {group[1]:,} | {label} | {shown} | {' | '.join(cells)} | {len(seeds)} |")
     lines.append("")
     for where, mine, other in (("A", one, two), ("B", two, one)):
         for group in (group for group in mine if group not in other):
-            lines.append(f"- only in {where}: `{group[0]}`, {group[1]:,} poisons, {names[group[2]]}")
+            lines.append(f"- only in {where}: {code(group[0])}, {group[1]:,} ppm, {named(names[group[2]])}")
     if not {*one} & {*two}:
         lines.append("- nothing is in both")
     for where, rows in (("A", old), ("B", new)):
         lines += [f"- {where}: {version}" for version in results.versions(rows)]
+    if differ := results.several([*old, *new]):
+        lines.append(f"- **not of the same {' and '.join(differ)}**: what differs may be theirs")
     if results.versions(old)[1:] or results.versions(new)[1:]:
         lines.append("- **mixed versions**: rows of one result are of different code or recipes")
     return "\n".join([*lines, ""])
@@ -83,7 +88,7 @@ def compare_results(before: str, after: str) -> str:
 def _grouped(rows: Sequence[Row]) -> dict[Group, list[Row]]:
     found: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["attack"], row["dose"], results.arm_key(row)), []).append(row)
+        found.setdefault((row["attack"], round(row["dose_ppm"]), results.arm_key(row)), []).append(row)
     return found
 
 
@@ -99,17 +104,25 @@ def _mean(rows: Sequence[Row], measure: str) -> float | None:
 
 
 def _difference(a: Sequence[Row], b: Sequence[Row], measure: str) -> str:
-    """In points; of the seeds that both have."""
+    """In points; of one seed the interval is over images alone."""
     by_seed: dict[int, list[tuple[float, float]]] = {}
+    ends: tuple[float, ...] = ()
     for row in a:
         for other in b:
-            (was, n), (now, m) = _value(row, measure), _value(other, measure)
-            if row["seed"] == other["seed"] and was is not None and now is not None and n and m:
-                variance = was * (1 - was) / n + now * (1 - now) / m
-                by_seed.setdefault(row["seed"], []).append((100 * (now - was), 1e4 * variance))
+            found = newcombe(_rate(row, measure), _rate(other, measure)) if row["seed"] == other["seed"] else None
+            if found:
+                ends = tuple(100 * end for end in found)
+                variance = ((ends[2] - ends[1]) / (2 * Z95)) ** 2  # above 0 where both rates are
+                by_seed.setdefault(row["seed"], []).append((ends[0], variance))
     if not by_seed:
         return "–"
-    return "{:+.1f} ({:+.1f} – {:+.1f})".format(*mean_over_seeds(list(by_seed.values())))
+    alone = [len(found) for found in by_seed.values()] == [1]
+    return "{:+.1f} ({:+.1f} – {:+.1f})".format(*(ends if alone else mean_over_seeds(list(by_seed.values()))))
+
+
+def _rate(row: Row, measure: str) -> Rate:
+    value, n = _value(row, measure)
+    return Rate(None, 0, None, None) if value is None or not n else Rate(value, n, *wilson(round(value * n), n))
 
 
 def _percent(value: float | None) -> str:

@@ -5,7 +5,7 @@ measured is told as not measured. docs/dose_response.md says what the numbers me
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipeline.arguments import Out
 from pipeline.bioassay import UNKNOWN, Curve, Estimate, Trials, ed50, fit, mean_over_seeds, protection
 from pipeline.errors import InputError
 from pipeline.progress import console
+from pipeline.report.text import code, named
 from pipeline.results import ArmKey, Row
 from pipeline.shards.store import make_folder, write
 from train.results import SUCCESS
@@ -25,6 +26,7 @@ from train.results import SUCCESS
 UNDEFENDED = "undefended"
 UTILITY = "zeroshot_top1"
 FEW = 3  # seeds
+WITHOUT_POISON, SAME_DOSES = "undefended, both without poison", "undefended at the same doses"
 
 
 def dose_response(
@@ -37,12 +39,12 @@ def dose_response(
     Writes OUT/dose_response.{parquet,json,md,svg,png} and OUT/protection.{svg,png}.
 
     Args:
-        table: results.parquet of one loop or more, or their OUT folders; of one recipe.
+        table: results.parquet of one loop or more, or their OUT folders; of one recipe and data.
         out: folder for tables and figures.
     """
     rows, notes = _together(table)
-    names = results.labels(rows)
-    attacks = [_attack(attack, rows, names, notes) for attack in dict.fromkeys(row["attack"] for row in rows)]
+    attacks, told = responses(rows)
+    notes += told
     effects = [effect for attack in attacks for effect in attack]
     folder = Path(out)
     make_folder(str(folder))
@@ -137,22 +139,32 @@ def _columns(name: str, estimate: Estimate) -> Row:
 
 def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     """The rows of all files, each run once, and what a reader has to be told of them."""
+    tables = {path: results.read(path) for path in paths}
+    together = [row for table in tables.values() for row in table]
+    if differ := results.several(together):
+        raise InputError(f"results of several {' and '.join(differ)}: an ED50 belongs to one, give them one at a time")
+    results.settle(together)
     found: dict[tuple[Any, ...], Row] = {}
-    for path in paths:
-        for row in results.read(path):
+    for path, table in tables.items():
+        for row in table:
             key = (row["attack"], row["dose_ppm"], row["seed"], results.arm_key(row))
             if key in found and any(found[key].get(name) != row.get(name) for name in (*SUCCESS, UTILITY)):
                 raise InputError(
-                    f"{path}: {row['attack']}, {row['dose']} poisons, seed {row['seed']}, {row['arm']} is in another "
-                    "of these with other figures; give one of the two, `mithridate compare` shows how they differ"
+                    f"{path}: {code(row['attack'])}, {row['dose']} poisons, seed {row['seed']}, {named(row['arm'])} is "
+                    "in another of these with other figures; give one of the two, `mithridate compare` shows how they "
+                    "differ"
                 )
             found.setdefault(key, row)
     rows, notes = list(found.values()), []
-    if len(recipes := {row.get("recipe_digest") or row.get("recipe") for row in rows}) > 1:
-        raise InputError(f"results of {len(recipes)} recipes: an ED50 belongs to one, give them one at a time")
     if len({row.get("code") for row in rows}) > 1:
         notes.append("Results of mixed code versions, listed below.")
     return rows, notes
+
+
+def responses(rows: Sequence[Row]) -> tuple[list[list[Effect]], list[str]]:
+    """The effects of each attack, undefended first, and what a reader has to be told of them."""
+    names, notes = results.labels(rows), list[str]()
+    return [_attack(attack, rows, names, notes) for attack in dict.fromkeys(row["attack"] for row in rows)], notes
 
 
 def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: list[str]) -> list[Effect]:
@@ -160,7 +172,7 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
     mine = [row for row in rows if row["attack"] == attack]
     measure = next((name for name in SUCCESS if any(row.get(f"{name}_n") for row in mine)), None)
     if measure is None:
-        notes.append(f"`{attack}`: success was asked of no image; is there an evaluation image of another class?")
+        notes.append(f"{code(attack)}: success was asked of no image; is there an evaluation image of another class?")
     measure = measure or SUCCESS[0]
     clean = {row["seed"]: row for row in mine if row["dose"] == 0 and row["arm"] == UNDEFENDED}
     none = [row for row in mine if row["arm"] == UNDEFENDED]
@@ -181,34 +193,57 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
             Effect(attack, key, names[key], measure, trials, undefended, lost, lost_against, cost, training, per_ppm)
         )
     if not any(len(effect.trials.doses) for effect in effects):
-        notes.append(f"`{attack}`: nothing was poisoned, so there is no dose–response.")
+        notes.append(f"{code(attack)}: nothing was poisoned, so there is no dose–response.")
     elif not none:
-        notes.append(f"`{attack}`: never tried undefended, so there are no protection factors.")
+        notes.append(f"{code(attack)}: never tried undefended, so there are no protection factors.")
     elif effects[0].said == "not reached":
-        notes.append(f"`{attack}`: not reached undefended at the highest dose: nobody is credited for its failure.")
-    if (seeds := len(effects[0].trials.seeds)) < FEW:
-        only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
-        notes.append(f"`{attack}`: {seeds} seed{'s' * (seeds != 1)}: {only}.")
+        notes.append(f"{code(attack)}: not reached undefended at the highest dose: nobody is credited for its failure.")
+    notes += _about_seeds(attack, effects)
     return effects
 
 
+def _about_seeds(attack: str, effects: Sequence[Effect]) -> Iterator[str]:
+    """Which arms have few seeds, and which have others than the undefended one."""
+    few: dict[int, list[str]] = {}
+    for one in effects:
+        if len(one.trials.doses) and (seeds := len(one.trials.seeds)) < FEW:
+            few.setdefault(seeds, []).append(one.label)
+    for seeds, labels in few.items():
+        who = "" if len(labels) == len(effects) else f" of {', '.join(map(named, labels))}"
+        only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
+        yield f"{code(attack)}: {seeds} seed{'s' * (seeds != 1)}{who}: {only}."
+    for one in effects:
+        theirs, against = one.trials.seeds, one.against.seeds
+        if theirs and against and theirs != against:
+            yield (
+                f"{code(attack)}: {named(one.label)} has seeds {_listed(theirs)}, undefended {_listed(against)}: no "
+                "protection factor, for the seeds that are missing may be the hard ones."
+            )
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
 def _trials(rows: Sequence[Row], measure: str) -> Trials:
-    asked = [(row, int(row.get(f"{measure}_n") or 0)) for row in rows]
-    return Trials.of([(row["seed"], row["dose_ppm"], round((row[measure] or 0.0) * n), n) for row, n in asked if n])
+    asked = [(row, int(row.get(f"{measure}_n") or 0)) for row in rows if row.get(measure) is not None]
+    return Trials.of([(row["seed"], row["dose_ppm"], round(row[measure] * n), n) for row, n in asked if n])
 
 
 def _lost(
     own: Sequence[Row], clean: dict[int, Row], none: Sequence[Row]
 ) -> tuple[tuple[float, float, float] | None, str]:
-    """Points of zero-shot top-1, paired by seed: against the clean model, or where that is missing at the same dose."""
-    same = {(row["seed"], row["dose_ppm"]): row for row in none}
-    find: Callable[[Row], Row | None] = lambda row: clean.get(row["seed"])  # noqa: E731
-    against = "unpoisoned, undefended"
-    if not clean:
-        find, against = (lambda row: same.get((row["seed"], row["dose_ppm"]))), "undefended at the same dose"
+    """Points of zero-shot top-1 lost against the undefended model, paired by seed and dose, and what it is against.
+
+    At dose 0 where the arm has it: bisected doses differ from arm to arm, and poison costs accuracy too.
+    """
+    without = [row for row in own if row["dose"] == 0 and row["seed"] in clean]
+    against = WITHOUT_POISON if without else SAME_DOSES
+    control = [*clean.values()] if without else none
+    same = {(row["seed"], row["dose_ppm"]): row for row in control}
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    for row in own:
-        other = find(row)
+    for row in without or own:
+        other = same.get((row["seed"], row["dose_ppm"]))
         if other is None or other is row or row.get(UTILITY) is None or other.get(UTILITY) is None:
             continue
         variance = sum(r[UTILITY] * (1 - r[UTILITY]) / max(r[f"{UTILITY}_n"] or 1, 1) for r in (row, other))
@@ -232,26 +267,30 @@ def _mean(values: Any) -> float | None:
     return sum(there) / len(there) if there else None
 
 
+def lost_text(effect: Effect) -> str:
+    """Points of top-1 with their interval."""
+    return "–" if effect.lost is None else "{:+.1f} ({:+.1f} – {:+.1f})".format(*effect.lost)
+
+
 def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
     """A table an attack."""
     heads = "arm|ED50, ppm (95%)|pairs|protection factor (95%)|top-1 lost, points (95%)|core-s per 10⁶ pairs|seeds|runs"
     lines = []
     for effects in attacks:
-        lines += [f"### `{effects[0].attack}` by {effects[0].measure}", "", f"| {heads.replace('|', ' | ')} |"]
+        lines += [f"### {code(effects[0].attack)} by {effects[0].measure}", "", f"| {heads.replace('|', ' | ')} |"]
         lines.append("|---" * (heads.count("|") + 1) + "|")
         for one in effects:
-            lost = "–" if one.lost is None else "{:+.1f} ({:+.1f} – {:+.1f})".format(*one.lost)
             cost = "–" if one.cost is None else f"{one.cost:,.0f}"
             cost += "" if one.training is None else f" (training: {one.training:+,.0f} s)"
             pairs = f"{one.ed50.least * one.pairs_per_ppm:,.0f}" if one.ed50.known else one.said
             factor = "–" if one.protection is None else str(one.protection)
-            label = one.label.replace("|", "\\|")
             lines.append(
-                f"| {label} | {one.ed50} | {pairs} | {factor} | {lost} | {cost} | {len(one.trials.seeds)} "
-                f"| {int((one.trials.dose > 0).sum())} |"
+                f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost_text(one)} | {cost} "
+                f"| {len(one.trials.seeds)} | {int((one.trials.dose > 0).sum())} |"
             )
-        if (against := effects[0].lost_against) and any(one.lost for one in effects):
-            lines += ["", f"Top-1 lost is against: {against}."]
+        for against in (WITHOUT_POISON, SAME_DOSES):
+            if of := [named(one.label) for one in effects if one.lost and one.lost_against == against]:
+                lines += ["", f"Top-1 lost by {', '.join(of)} is against: {against}."]
         lines.append("")
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 

@@ -84,5 +84,14 @@ class Search:
         return self.grid[(self.below + self.above) // 2] if self.above - self.below > 1 else None
 
     @property
+    def left(self) -> int:
+        """The most runs that it may still ask for."""
+        top = len(self.grid) - 1
+        if self.next is None:
+            return 0
+        first = self.above > top  # the highest dose is asked for before the middle of what is left
+        return first + math.ceil(math.log2(min(self.above, top) - self.below))
+
+    @property
     def reached(self) -> bool:
         return self.above < len(self.grid)

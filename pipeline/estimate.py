@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.doses import Adaptive
-from pipeline.runs import Arm, Run, arms_of
+from pipeline.doses import Adaptive, Search
+from pipeline.runs import UNDEFENDED, Arm, Run, arms_of
 from pipeline.shards import list_shards, uids
+from train.results import judged
 
 BESIDES = 1.5  # times bare steps: loading, scoring, rewriting and evaluation, as seen with recipe `fast` on two cores
+Training = tuple[Path, str]  # folders: of the run, and in it of the arm
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,56 @@ def estimate(plan: Config, out: Path) -> Estimate:
     """From what OUT holds; where it holds no training, from bare steps on this machine."""
     arms, searches = arms_of(plan), [found for dose in plan.doses if (found := Adaptive.parse(dose))]
     fixed = [dose for dose in plan.doses if not Adaptive.parse(dose)]
-    folders = {run.folder for run in runs_of(plan, out) if run.dose in fixed}
-    trainings = len(folders) * len(arms)
-    trainings += sum(_at_most(search, arms) for search in searches) * len(plan.attacks) * len(plan.seeds)
-    rows = {(run.folder, arm.folder): row for run in runs_of(plan, out) for arm in arms if (row := run.kept(arm))}
-    if rows:
-        seconds, source = _mean(list(rows.values())), f"the mean of the {len(rows)} in OUT"
+    done: set[Training] = set()
+    spent: dict[Training, float] = {}
+    wanted: set[Training] = set()
+    for run in runs_of(plan, out):
+        for arm in arms:
+            training, row = (run.folder, arm.folder), run.kept(arm)
+            if row:  # of the rows of a training, which attacks may share, the first has its seconds
+                spent[training] = max(spent.get(training, 0.0), row["seconds"])
+            if row or run.trained(arm):
+                done.add(training)
+            if run.dose in fixed:
+                wanted.add(training)
+    left = len(wanted - done)
+    left += sum(_left(plan, attack, search, out, arms) for attack in plan.attacks for search in searches)
+    if spent:
+        seconds, source = sum(spent.values()) / len(spent), f"the mean of the {len(spent)} in OUT"
     else:
         seconds, source = _calibrated(plan)
-    return Estimate(trainings, len(rows), bool(searches), seconds, source)
+    return Estimate(len(done) + left, len(done), bool(searches), seconds, source)
 
 
 def hours(value: float) -> str:
     return f"{60 * value:,.0f} minutes" if value < 1.5 else f"{value:,.1f} hours"
 
 
-def _at_most(search: Adaptive, arms: Sequence[Arm]) -> int:
-    """Of one attack and seed: each arm's own runs, and the undefended models that some of them look through."""
-    watching = sum(arm.watches for arm in arms)
-    undefended = min(len(search.grid), search.steps + watching * (search.steps - 1))
-    return undefended + (len(arms) - 1) * search.steps
+def _left(plan: Config, attack: str, adaptive: Adaptive, out: Path, arms: Sequence[Arm]) -> int:
+    """The most trainings that the searches of an attack still take, after what OUT knows of them.
 
+    Each arm's own, and the undefended models that some of them look through.
+    """
 
-def _mean(rows: Sequence[dict[str, Any]]) -> float:
-    return sum(row["seconds"] for row in rows) / len(rows)
+    def kept(dose: str, seed: int, arm: Arm) -> dict[str, Any] | None:
+        return Run(plan, attack, dose, seed, out).kept(arm)
+
+    states = {(seed, arm): Search(adaptive.grid) for seed in plan.seeds for arm in arms}
+    for (seed, arm), search in states.items():
+        while (dose := search.next) and (row := kept(dose, seed, arm)):
+            search.tell(dose, judged(row)[1])
+    undefended = [states[seed, UNDEFENDED] for seed in plan.seeds]
+    if not any(search.next or search.reached for search in undefended):
+        return 0  # it fails with every seed: no arm is tried
+    total = 0
+    for seed in plan.seeds:
+        mine = [(arm, states[seed, arm]) for arm in arms]
+        total += sum(search.left for arm, search in mine if arm != UNDEFENDED)
+        # the highest dose is asked for by the undefended search itself
+        watched = sum(search.left - (not search.reached and search.left > 0) for arm, search in mine if arm.watches)
+        without = sum(not kept(dose, seed, UNDEFENDED) for dose in adaptive.grid)
+        total += min(without, states[seed, UNDEFENDED].left + watched)
+    return total
 
 
 def _calibrated(plan: Config) -> tuple[float, str]:

@@ -6,10 +6,9 @@ attacks. A dose `adaptive(…)` is a bisection for each attack, arm and seed (pi
 Trade-off: trainings run one after the other, each on all cores or the GPU there is, and meet in files; so a killed
 loop goes on where it was and any stage can be looked at. Side by side they would gain little on few cores and need as
 many models' memory. On a cluster, submit a config for each seed into the same OUT, and then the whole one, which finds
-every run done and makes the table.
+those runs done (a bisection may add the arms of a seed with which the attack fails) and makes the table.
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import tyro
 from pipeline import spec
 from pipeline.arguments import Out
 from pipeline.board import Board
-from pipeline.config import POOL, Config
+from pipeline.config import Config
 from pipeline.doses import Adaptive, Search
 from pipeline.errors import InputError
 from pipeline.estimate import estimate, hours, runs_of
@@ -28,8 +27,7 @@ from pipeline.plan import Dose
 from pipeline.policies._select import column
 from pipeline.progress import console
 from pipeline.results import FILE, write_rows
-from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, read_by, source_digest
-from pipeline.scored import scores_folder
+from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, columns_of, read_by, source_digest
 from pipeline.shards import list_shards
 from pipeline.shards.store import make_folder
 from train.results import judged
@@ -47,6 +45,8 @@ def loop(
 ) -> int:
     """Run every attack x dose x seed of CONFIG, undefended, under every filter and every defense; resumable.
 
+    Of doses that are bisected each arm has those that its search asks for.
+
     Writes OUT/results.parquet (a row a run), OUT/detectors.parquet and OUT/report.html.
 
     Args:
@@ -57,7 +57,6 @@ def loop(
     """
     plan, folder = Config.read(config), Path(out).absolute()
     _check(plan)
-    begin = time.monotonic()
     cost = estimate(plan, folder)
     console.print(f"loop: recipe {plan.recipe!r}, {cost}")
     if dry_run:
@@ -75,13 +74,17 @@ def loop(
             write_rows(folder / FILE, [row for _, row in made])
     arms = [row for _, row in made]
     _say_mixed(arms)
-    runs = [run for run in dict.fromkeys(run for run, _ in made) if run.scored]
+    runs = list(dict.fromkeys(run for run, _ in made))
+    for run in runs:
+        if not run.scored and run.watchable:  # no arm asked for it, or it was added to the config
+            run.score()
+    runs = [run for run in runs if run.scored]
     runs.sort(key=lambda run: run.clean)  # the report shows pictures of the first
     detectors = [row for run in runs for row in run.detectors()]
     write_rows(folder / "detectors.parquet", detectors)
     from pipeline.report.summary import write_report
 
-    write_report(plan, runs, arms, detectors, Path(config), folder, time.monotonic() - begin)
+    write_report(plan, runs, arms, detectors, Path(config), folder)
     return 0
 
 
@@ -92,42 +95,42 @@ def _made(plan: Config, out: Path, board: Board) -> Iterator[Made]:
     arms = arms_of(plan)
     for attack in plan.attacks:
         for dose in plan.doses:
-            search = Adaptive.parse(dose)
+            if search := Adaptive.parse(dose):
+                yield from _bisected(plan, attack, search, out, board, arms)
+                continue
             for seed in plan.seeds:
-                if search:
-                    yield from _bisected(plan, attack, search, seed, out, board, arms)
-                    continue
                 run = Run(plan, attack, dose, seed, out)
                 yield from ((run, board.row(run, arm)) for arm in arms)
-                if plan.scores and not plan.filters:
-                    run.score()  # nobody's arm, and the table of detectors is what is asked for
 
 
-def _bisected(
-    plan: Config, attack: str, search: Adaptive, seed: int, out: Path, board: Board, arms: list[Arm]
-) -> Iterator[Made]:
-    """Rows of one attack and seed. Where the attack fails undefended, nothing can be credited, and no arm is run."""
-    states = {arm: Search(search.grid) for arm in arms}
-    made: set[tuple[str, Arm]] = set()
+def _bisected(plan: Config, attack: str, search: Adaptive, out: Path, board: Board, arms: list[Arm]) -> Iterator[Made]:
+    """Rows of one attack. Where it fails undefended with every seed, nothing can be credited, and no arm is run.
 
-    def told(dose: str, arm: Arm) -> Iterator[Made]:
-        if (dose, arm) not in made:
-            made.add((dose, arm))
+    Where it works with any, all seeds have every arm: the seeds with which an attack works are the easy ones, and a
+    protection factor of those alone would be of a selection.
+    """
+    states = {(seed, arm): Search(search.grid) for seed in plan.seeds for arm in arms}
+    made: set[tuple[str, int, Arm]] = set()
+
+    def told(dose: str, seed: int, arm: Arm) -> Iterator[Made]:
+        if (dose, seed, arm) not in made:
+            made.add((dose, seed, arm))
             run = Run(plan, attack, dose, seed, out)
             row = board.row(run, arm)
-            states[arm].tell(dose, judged(row)[1])
+            states[seed, arm].tell(dose, judged(row)[1])
             yield run, row
 
-    while dose := states[UNDEFENDED].next:
-        yield from told(dose, UNDEFENDED)
-    if not states[UNDEFENDED].reached:
-        console.print(f"{attack}, seed {seed}: not reached at {search.grid[-1]}, so no filter or defense is tried")
+    for seed in plan.seeds:
+        while dose := states[seed, UNDEFENDED].next:
+            yield from told(dose, seed, UNDEFENDED)
+    if not any(states[seed, UNDEFENDED].reached for seed in plan.seeds):
+        console.print(f"{attack}: not reached at {search.grid[-1]}, so no filter or defense is tried")
         return
-    for arm in arms:
-        while dose := states[arm].next:
+    for seed, arm in states:
+        while dose := states[seed, arm].next:
             if arm.watches:
-                yield from told(dose, UNDEFENDED)
-            yield from told(dose, arm)
+                yield from told(dose, seed, UNDEFENDED)
+            yield from told(dose, seed, arm)
 
 
 def _dearest(plan: Config, out: Path) -> list[Run]:
@@ -172,7 +175,6 @@ def _check(plan: Config) -> None:
     kept = [epoch for epoch in range(1, recipe.epochs + 1) if recipe.keeps(epoch)]
     for defense in plan.defenses:
         spec.parse("defenses", defense).by_content()  # that what it names is there
-    scored: dict[int, list[str]] = {}
     for scores in plan.scores:
         if scores.epoch not in kept:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
@@ -180,11 +182,9 @@ def _check(plan: Config) -> None:
         for entry in entries:
             if set(EARLIER) & set(entry.needs) and scores.epoch == plan.scores[0].epoch:
                 raise InputError(f"{spec.text(entry)} compares two epochs: let it score at a later one than the first")
-        if scores.pool == POOL:
-            scored[scores.epoch] = [spec.text(entry) for entry in entries]
     for arm in plan.filters:
         for detector in read_by(arm.policy):
-            column([f"{scores_folder(e)}:{name}" for e in arm.epochs for name in scored.get(e, [])], detector)
+            column(columns_of(plan, arm.epochs), detector)
 
 
 if __name__ == "__main__":

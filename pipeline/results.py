@@ -4,20 +4,28 @@ Trade-off: rows are read whole, since a table of runs is small; what is in none 
 looked at.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import spec
 from pipeline.errors import InputError
+from pipeline.report.text import named
 from pipeline.shards.store import whole
 from train.results import SUCCESS
 
+if TYPE_CHECKING:
+    import polars as pl
+
 FILE = "results.parquet"
 NEEDED = ("attack", "dose", "dose_ppm", "seed", "arm", "zeroshot_top1", "zeroshot_top1_n")
-ARM = ("arm", "when", "policy", "defense")  # what tells one arm from another
+ARM = ("arm", "when", "policy", "defense", "detectors")  # what tells one arm from another
+DATA = {"recipe_digest": "recipes", "dataset_digest": "datasets", "evaluation_digest": "evaluations"}
+MEASURED = (*SUCCESS, "zeroshot_top1", "knn_top1")  # rates that verbs look at, each with its n
+TEXTS = ("attack", *ARM, "recipe", "code", *DATA)
+NUMBERS = ("dose_ppm", "samples", "train_seconds", "filter_cpu_seconds_per_million")
 Row = dict[str, Any]
-ArmKey = tuple[str, str | None, str | None, str | None]
+ArmKey = tuple[str, str | None, str | None, str | None, str | None]
 
 
 def read(where: str) -> list[Row]:
@@ -37,12 +45,27 @@ def read(where: str) -> list[Row]:
         raise InputError(f"{path}: no measure of success with its n; there should be one of {', '.join(SUCCESS)}")
     if not len(table):
         raise InputError(f"{path}: no rows")
-    numbers = [name for name in ("dose", "dose_ppm", "seed") if not table[name].dtype.is_numeric()]
-    if numbers or table.select(NEEDED[:5]).null_count().sum_horizontal().item():
-        raise InputError(
-            f"{path}: {', '.join(numbers or NEEDED[:5])} must be {'numbers' if numbers else 'in every row'}"
-        )
+    if table.select(NEEDED[:5]).null_count().sum_horizontal().item():
+        raise InputError(f"{path}: {', '.join(NEEDED[:5])} must be in every row")
+    _check(path, table)
     return table.to_dicts()
+
+
+def _check(path: Path, table: "pl.DataFrame") -> None:
+    """Raises InputError where a column that some verb looks at is not of its type, or a number none that can be."""
+    import polars as pl
+
+    counts = ("dose", "seed", *(f"{name}_n" for name in MEASURED))
+    for name, kind in table.schema.items():
+        if name in TEXTS and kind not in (pl.String, pl.Null):
+            raise InputError(f"{path}: {name} must be text")
+        if kind == pl.Null or name not in (*counts, *NUMBERS, *MEASURED):
+            continue
+        if not (kind.is_integer() or (kind.is_float() and name not in counts)):
+            raise InputError(f"{path}: {name} must be {'whole ' if name in counts else ''}numbers")
+        column = table[name].drop_nulls()  # NaN is above all numbers
+        if not ((column >= 0) & (column <= 1 if name in MEASURED else column < float("inf"))).all():
+            raise InputError(f"{path}: {name} must be {'rates' if name in MEASURED else 'finite, and 0 or more'}")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -54,32 +77,60 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def arm_key(row: Row) -> ArmKey:
-    return row["arm"], row.get("when"), row.get("policy"), row.get("defense")
+    return row["arm"], row.get("when"), row.get("policy"), row.get("defense"), row.get("detectors")
+
+
+def settle(rows: Iterable[Row]) -> None:
+    """Give rows of earlier code, which does not tell `detectors`, those of the only arm that is called the same."""
+    rows = list(rows)
+    known: dict[tuple[Any, ...], set[str]] = {}
+    for row in rows:
+        if row.get("detectors"):
+            known.setdefault(arm_key(row)[:4], set()).add(row["detectors"])
+    only = {key: found.pop() for key, found in known.items() if len(found) == 1}
+    for row in rows:
+        row["detectors"] = row.get("detectors") or only.get(arm_key(row)[:4])
 
 
 def labels(rows: Iterable[Row]) -> dict[ArmKey, str]:
     """A short name for each arm: what it needs to be told from the others, and no more."""
     keys = list(dict.fromkeys(map(arm_key, rows)))
     short = {key: _short(key) for key in keys}
-    for add in (_removed, lambda key: key[1] or "", lambda key: key[2] or key[3] or ""):
-        taken = list(short.values())
+    told: Sequence[Callable[[ArmKey], str]] = (
+        _removed,
+        lambda key: key[1] or "",
+        lambda key: key[2] or key[3] or "",
+        lambda key: key[4] or "",
+    )
+    for add in told:
+        differ: dict[str, set[str]] = {}
+        for key, name in short.items():
+            differ.setdefault(name, set()).add(add(key))
         short = {
-            key: f"{name}, {add(key)}" if taken.count(name) > 1 and add(key) else name for key, name in short.items()
+            key: f"{name}, {add(key)}" if len(differ[name]) > 1 and add(key) else name for key, name in short.items()
         }
     return short
 
 
 def versions(rows: Sequence[Row]) -> list[str]:
-    """Recipes and code digests of the rows, with how many there are of each."""
+    """Recipes, data and code digests of the rows, with how many there are of each."""
     found: dict[str, int] = {}
     for row in rows:
-        name = f"recipe {row.get('recipe') or '?'} ({row.get('recipe_digest') or '?'}), code {row.get('code') or '?'}"
+        recipe, data, evaluation = (named(row.get(name) or "?") for name in DATA)
+        name = f"recipe {named(row.get('recipe') or '?')} ({recipe}), data {data}, evaluation {evaluation}"
+        name += f", code {named(row.get('code') or '?')}"
         found[name] = found.get(name, 0) + 1
     return [f"{name}: {n} rows" for name, n in found.items()]
 
 
+def several(rows: Iterable[Row]) -> list[str]:
+    """What of DATA the rows have several of; what earlier code did not tell is taken to be the same."""
+    told = [row | {"recipe_digest": row.get("recipe_digest") or row.get("recipe")} for row in rows]
+    return [called for name, called in DATA.items() if len({row[name] for row in told if row.get(name)}) > 1]
+
+
 def _short(key: ArmKey) -> str:
-    name, _, policy, _ = key
+    name, _, policy, _, _ = key
     try:
         called, given = spec.parse_call(name)
     except InputError:

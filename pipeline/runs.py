@@ -1,7 +1,8 @@
 """One attack, dose and seed of a loop: a poisoned set, its undefended model, and an arm per filter and defense.
 
 What an arm came to is kept in its folder as `row-<digest>.json`, so a loop that is started again opens no model of an
-arm that is done. A row stays when the code changes, as the trainings do; it says of which code it is.
+arm that is done. A row stays when the code changes, as the trainings do; it says of which code it is. It does not when
+what it was made of changes: detectors' parameters, or the bytes of any input.
 
 At dose 0 nothing is poisoned, so all attacks of a seed share one set of trainings; only what each trigger does to them
 is asked apart.
@@ -10,7 +11,7 @@ is asked apart.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from pipeline.score import read_scores, score, scores_path
 from pipeline.scored import scores_folder
 from pipeline.shard_map import code_digest
 from pipeline.shards import list_shards
-from pipeline.shards.store import make_folder, stamp, write
+from pipeline.shards.store import is_url, make_folder, stamp, view, write
 
 NOBODY = "patch(target='nothing')"  # what the clean set is "poisoned" with, at dose 0, so that it has an empty ledger
 
@@ -106,11 +107,17 @@ class Run:
 
     @property
     def scored(self) -> bool:
-        """Whether there are scores of all epochs that the config asks for."""
-        shards = [s.name for s in list_shards(self.plan.shards)]
+        """Whether there are scores of all detectors and epochs that the config asks for."""
         return all(
-            Path(scores_path(self.scores_of(scores), name)).exists() for scores in self.plan.scores for name in shards
+            {spec.text(spec.parse("detectors", text)) for text in scores.detectors}
+            <= _scored(self.scores_of(scores), self.plan.shards)
+            for scores in self.plan.scores
         )
+
+    @property
+    def watchable(self) -> bool:
+        """Whether the undefended models are there that the config's scores look through."""
+        return all(Path(self._checkpoint(scores.epoch)).exists() for scores in self.plan.scores)
 
     def poison(self) -> None:
         for where, attack in {self.poisoned: NOBODY if self.clean else self.attack, self.attacked: self.attack}.items():
@@ -123,7 +130,7 @@ class Run:
             embeddings, out = self._embeddings(scores.epoch), self.scores_of(scores)
             needs = {need for text in scores.detectors for need in spec.parse("detectors", text).needs}
             if needs & {*EMBEDDED, *EARLIER}:
-                checkpoint = str(self.folder / "undefended" / "checkpoints" / f"epoch_{scores.epoch:03d}")
+                checkpoint = self._checkpoint(scores.epoch)
                 self._stage(f"embed epoch {scores.epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
             self._stage(
                 f"score epoch {scores.epoch}",
@@ -143,11 +150,18 @@ class Run:
 
     def kept(self, arm: Arm) -> dict[str, Any] | None:
         """The row of an arm that is done."""
-        try:
-            row: dict[str, Any] = json.loads(self._row(arm).read_text())
-        except (OSError, ValueError):
-            return None
-        return row
+        for path in (self._row(arm), self._earlier_row(arm)):
+            try:
+                row: dict[str, Any] = json.loads(path.read_text()) if path else {}
+            except (OSError, ValueError):
+                continue
+            if row:
+                return row if "dataset_digest" in row else row | self._made_of(arm)
+        return None
+
+    def trained(self, arm: Arm) -> bool:
+        """Whether the arm's model is there, so that nothing but an evaluation is missing."""
+        return (self._model(arm) / "train.json").exists()
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """What an arm comes to; made where it is not there. The undefended arm, where it is needed, comes first."""
@@ -196,7 +210,7 @@ class Run:
         if arm.defense:
             init = final_checkpoint(str(self.folder / UNDEFENDED.folder)) if arm.watches else None
             options |= {"defense": arm.defense, "init": init}
-        model = folder if arm == UNDEFENDED else folder / "model"
+        model = self._model(arm)
         self._stage(f"train {arm.name}", train, shards, str(model), **options)
         facts = json.loads((model / "train.json").read_text())
         about = json.loads(Path(self.attacked, "dataset.json").read_text())
@@ -223,7 +237,7 @@ class Run:
         row |= {"removed_share": None if removed is None else removed / max(pairs, 1)}
         row |= {"poisons_in": about["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
         row |= self._cost(arm.filter, pairs)
-        row |= {"recipe_digest": facts["recipe_digest"], "code": source_digest()}
+        row |= {"recipe_digest": facts["recipe_digest"], "code": source_digest(), **self._made_of(arm)}
         return row | json.loads((result / "evaluation.json").read_text())["metrics"]
 
     def _cost(self, arm: Filter | None, pairs: int) -> dict[str, float | None]:
@@ -249,14 +263,58 @@ class Run:
         return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
 
     def _row(self, arm: Arm) -> Path:
-        """Bound to what is evaluated on, and to the input as it is now."""
+        """Bound to what is evaluated on, to what a filter reads, and to all inputs as they are now."""
         plan = self.plan
         facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
-        return self.folder / arm.folder / f"row-{spec.digest(facts)}.json"
+        more = (self._columns(arm), [stamp(path) for path in self._others(arm)], _by_content(arm.defense))
+        return self.folder / arm.folder / f"row-{spec.digest([*facts, *more])}.json"
+
+    def _earlier_row(self, arm: Arm) -> Path | None:
+        """As earlier code called it, which bound it to less; None where what it left out is not as it was then."""
+        plan = self.plan
+        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
+        path = self.folder / arm.folder / f"row-{spec.digest(facts)}.json"
+        if not path.exists():
+            return None
+        others = self._others(arm)
+        same = not any(map(is_url, others)) and all(
+            Path(other).stat().st_mtime <= path.stat().st_mtime for other in others
+        )
+        for name in self._columns(arm):
+            folder, _, detector = name.partition(":")
+            same = same and detector in _scored(str(self.folder / folder), plan.shards)
+        training = self._model(arm) / "train.json"
+        if arm.defense and training.exists():
+            trained = spec.parse("defenses", json.loads(training.read_text())["defense"])
+            same = same and spec.text(trained) == _by_content(arm.defense)
+        return path if same else None
+
+    def _made_of(self, arm: Arm) -> dict[str, Any]:
+        """What tells results apart that are called the same: data, and detectors with all their parameters."""
+        return {"detectors": ", ".join(self._columns(arm)) or None, **_data(self.plan)}
+
+    def _columns(self, arm: Arm) -> list[str]:
+        """The columns of scores that a filter reads."""
+        there = columns_of(self.plan, arm.filter.epochs) if arm.filter else []
+        return sorted({column(there, detector) for detector in read_by(arm.filter.policy)}) if arm.filter else []
+
+    def _others(self, arm: Arm) -> list[str]:
+        """Files that are read besides the shards, the evaluation's and the classes."""
+        reference = [shard.path for shard in list_shards(self.plan.reference)] if self.plan.reference else []
+        detectors = [spec.parse("detectors", name.partition(":")[2]) for name in self._columns(arm)]
+        own = {path for detector in detectors for path in getattr(detector, "files", ())}
+        return [*reference, *spec.parse("attacks", self.attack).inputs(), *sorted(own)]
 
     def _common(self) -> dict[str, Any]:
         total = json.loads(Path(self.attacked, "dataset.json").read_text())
         return {"attack": self.attack, "dose": total["poisoned"], "dose_ppm": total["ppm"], "seed": self.seed}
+
+    def _model(self, arm: Arm) -> Path:
+        """The folder of its training."""
+        return self.folder / arm.folder / ("" if arm == UNDEFENDED else "model")
+
+    def _checkpoint(self, epoch: int) -> str:
+        return str(self.folder / UNDEFENDED.folder / "checkpoints" / f"epoch_{epoch:03d}")
 
     def _embeddings(self, epoch: int) -> str:
         return str(self.folder / f"embeddings-{epoch:03d}")
@@ -288,6 +346,16 @@ def read_by(policy: str) -> tuple[str, ...]:
     return detectors
 
 
+def columns_of(plan: Config, epochs: Collection[int]) -> list[str]:
+    """The columns of scores that a filter may read: of these epochs, and of the default pool."""
+    return [
+        f"{scores_folder(scores.epoch)}:{spec.text(spec.parse('detectors', text))}"
+        for scores in plan.scores
+        if scores.epoch in epochs and scores.pool == POOL
+        for text in scores.detectors
+    ]
+
+
 def _arm_name(policy: str) -> str:
     """The detector that a policy acts on; of several, the policy itself."""
     names = read_by(policy)
@@ -300,6 +368,31 @@ def _stamps(plan: Config) -> Sequence[Any]:
 
     listed = [shard.path for where in (plan.shards, plan.evaluation) for shard in list_shards(where)]
     return [recipe_of(plan.recipe).digest, *(stamp(path) for path in [*listed, plan.classes])]
+
+
+@cache
+def _data(plan: Config) -> dict[str, str]:
+    """Digests of the bytes, so that two machines agree on them."""
+    from train.data import digest
+
+    classes = hashlib.sha256(view(plan.classes)).hexdigest()
+    evaluation = spec.digest([digest(list_shards(plan.evaluation)), classes])
+    return {"dataset_digest": digest(list_shards(plan.shards)), "evaluation_digest": evaluation}
+
+
+@cache
+def _by_content(defense: str | None) -> str | None:
+    return spec.text(spec.parse("defenses", defense).by_content()) if defense else None
+
+
+def _scored(folder: str, shards: str) -> set[str]:
+    """The detectors that every shard has scores of; read from the files, for a job may have been killed."""
+    import pyarrow.parquet as pq
+
+    paths = [scores_path(folder, shard.name) for shard in list_shards(shards)]
+    if not all(Path(path).exists() for path in paths):
+        return set()
+    return set.intersection(*({*pq.read_schema(path).names} for path in paths))
 
 
 def _marker_seconds(folder: str, shards: str) -> dict[str, float]:

@@ -30,6 +30,16 @@ def rate(hits: np.ndarray) -> Rate:
     return Rate(k / n, n, *wilson(k, n))
 
 
+def newcombe(before: Rate, after: Rate) -> tuple[float, float, float] | None:
+    """after - before of independent samples with its 95% interval from Wilson's two (Newcombe 1998, method 10)."""
+    ends = (before.value, before.low, before.high, after.value, after.low, after.high)
+    if None in ends:
+        return None
+    was, was_low, was_high, now, now_low, now_high = (float(end) for end in ends if end is not None)
+    low = now - was - ((now - now_low) ** 2 + (was_high - was) ** 2) ** 0.5
+    return now - was, low, now - was + ((now_high - now) ** 2 + (was - was_low) ** 2) ** 0.5
+
+
 def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Score interval of a binomial proportion (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1).
 

@@ -27,8 +27,8 @@ Marks = pl.DataFrame  # uid, shard, kind, group, caption; what else an audit wan
 
 @dataclass(frozen=True)
 class About:
-    """The run: pairs and sha256 by shard that was read, why others failed, what manifest.parquet says, and the job
-    that made the shards, by shard, where there is one."""
+    """The run: pairs and sha256 by shard that was read, why others failed, what the folders' manifest.parquet say, and
+    the job that made the shards, by shard, where there is one. `unrecorded` shards have no manifest beside them."""
 
     pairs: Mapping[str, int]
     sha256: Mapping[str, str]
@@ -36,6 +36,7 @@ class About:
     recorded: Sequence[Row]
     made_by: Mapping[str, Mapping[str, Any]]
     images: bool
+    unrecorded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

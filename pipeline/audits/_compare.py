@@ -10,6 +10,7 @@ from pipeline.audits._markdown import MARKS, plain
 from pipeline.audits._schema import Audited, Cell, Finding, Table
 from pipeline.errors import InputError
 from pipeline.shards.store import is_folder, join, view
+from train.metrics import newcombe
 
 FILE = "audit.json"
 ROWS = 10  # of a table
@@ -28,7 +29,7 @@ def compare_audits(before: str, after: str) -> str:
     for name, one, two in (
         ("data", plain(a.dataset.where), plain(b.dataset.where)),
         ("pairs", f"{a.dataset.pairs:,}", f"{b.dataset.pairs:,}"),
-        ("digest", a.dataset.sha256, b.dataset.sha256),
+        ("digest", plain(a.dataset.sha256), plain(b.dataset.sha256)),
         ("verdict", _counts(a), _counts(b)),
         ("not looked at", _unseen(a), _unseen(b)),
     ):
@@ -57,7 +58,7 @@ def _counts(audited: Audited) -> str:
 
 
 def _unseen(audited: Audited) -> str:
-    return ", ".join(dict.fromkeys(one.audit for one in audited.unseen)) or "–"
+    return ", ".join(dict.fromkeys(plain(one.audit) for one in audited.unseen)) or "–"
 
 
 def _findings(a: Audited, b: Audited) -> list[str]:
@@ -88,19 +89,15 @@ def _marked(finding: Finding | None) -> str:
 
 
 def _change(old: Finding | None, new: Finding | None) -> tuple[str, str]:
-    """What became of a finding, and B - A in points: Newcombe's interval (1998, method 10) of Wilson's."""
+    """What became of a finding, and B - A in points."""
     if old is None or new is None:
         return ("new" if new else "gone"), "–"
-    a, b = old.share, new.share
-    shares = [float("nan") if part is None else part for rate in (a, b) for part in (rate.value, rate.low, rate.high)]
-    was, was_low, was_high, now, now_low, now_high = shares
-    middle = now - was
-    if middle != middle:  # nothing could be looked at in one of them
+    found = newcombe(old.share, new.share)
+    if found is None:  # nothing could be looked at in one of them
         return "about the same", "–"
-    low = middle - ((now - now_low) ** 2 + (was_high - was) ** 2) ** 0.5
-    high = middle + ((now_high - now) ** 2 + (was - was_low) ** 2) ** 0.5
+    _, low, high = found
     change = "larger" if low > 0 else "smaller" if high < 0 else "about the same"
-    return change, f"{100 * middle:+.3g} ({100 * low:+.3g} – {100 * high:+.3g})"
+    return change, "{:+.3g} ({:+.3g} – {:+.3g})".format(*(100 * end for end in found))
 
 
 def _percent(value: float | None) -> str:

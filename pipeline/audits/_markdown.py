@@ -7,8 +7,9 @@ from pipeline.report.text import one_line
 
 MOST = 3  # examples of a finding
 MARKS = {"severe": "🔴", "warning": "🟠", "note": "🔵", "clean": "🟢"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~:-]|(?<=www)\.)")  # the last two make links
-_AT = "\uff20"  # names nobody: a forge looks for people after it has taken escapes out
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()&+!|~:-]|(?<=www)\.)")  # the last two make links
+# A forge looks for people and for issues after it has taken escapes out, so these become characters that name nobody.
+_WIDE = str.maketrans({"@": "\uff20", "#": "\uff03"})
 
 
 def markdown(audited: Audited) -> str:
@@ -46,7 +47,7 @@ def share(finding: Finding) -> str:
 
 def plain(text: str) -> str:
     """One line in which nothing is markup."""
-    return _SPECIAL.sub(r"\\\1", one_line(text, 1_000)).replace("@", _AT)
+    return _SPECIAL.sub(r"\\\1", one_line(text, 1_000)).translate(_WIDE)
 
 
 def _section(finding: Finding) -> list[str]:

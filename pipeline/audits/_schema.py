@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from pipeline.spec import fits, type_name
 from train.metrics import Rate, wilson
 
 VERSION = 1
@@ -129,7 +130,7 @@ class Audited:
     def of(cls, data: bytes) -> "Audited":
         """Raises ValueError where this is no audit.json of this version."""
         try:
-            told = json.loads(data)
+            told = json.loads(data, parse_constant=_no_number)
             if told["version"] != VERSION:
                 raise ValueError(f"audit.json of version {told['version']}, not {VERSION}")
             findings = tuple(
@@ -148,9 +149,28 @@ class Audited:
             )
             unseen = tuple(Unseen(**row) for row in told["unseen"])
             dataset, verdict = Dataset(**told["dataset"]), Verdict(**told["verdict"])
-            return cls(dataset, verdict, findings, tables, histograms, unseen, tuple(told["audits"]))
-        except (KeyError, TypeError) as error:
+            audited = cls(dataset, verdict, findings, tables, histograms, unseen, tuple(told["audits"]))
+            for part in (audited, dataset, verdict, *findings, *tables, *histograms, *unseen):
+                _check(part)
+            for finding in findings:
+                for within in (finding.share, *finding.examples):
+                    _check(within)
+            return audited
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not an audit.json ({error!r})") from error
+
+
+def _check(part: Any) -> None:
+    """Raises TypeError where a field is not of its annotated type."""
+    for name, hint in get_type_hints(type(part)).items():
+        if not fits(getattr(part, name), hint):
+            raise TypeError(f"{name} of a {type(part).__name__} must be {type_name(hint)}")
+    if isinstance(part, Table) and any(len(row) != len(part.columns) for row in part.rows):
+        raise TypeError("a row of a Table must have a cell a column")
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def share_of(k: int, n: int) -> Rate:

@@ -59,9 +59,6 @@ class Spread:
         low, high = self.quantile(0.25), self.quantile(0.75)
         return high + OUTER * (high - low) if high > low else float("nan")
 
-    def above(self, fence: float) -> int:
-        return int(self.counts[_values() > fence].sum())
-
 
 def _values() -> np.ndarray:
     """float64[65536]: the middle of what has these upper bits, NaN and infinities aside."""

@@ -116,7 +116,7 @@ def _of_shards(about: About) -> list[Found]:
     changed = [name for name, sha in about.sha256.items() if name in recorded and recorded[name].sha256 != sha]
     known = {*about.sha256, *about.failed}
     missing = [name for name in recorded if name not in known]
-    extra = [name for name in about.sha256 if recorded and name not in recorded]
+    extra = [name for name in about.sha256 if recorded and name not in recorded and name not in about.unrecorded]
     leaking = [
         name
         for name, marker in about.made_by.items()

@@ -49,10 +49,12 @@ class domains:
             if top < len(table)
         )
         found = groups(marked, "concentrated", 1)
+        if not found.height:
+            return out
         out.found.append(
             Found(
                 "concentrated",
-                "warning" if found.height else "note",
+                "warning",
                 f"{n:,} pairs come from {many(len(table), 'domain')}, as if from {effective:,.1f} equal ones"
                 + (f": {tops}" if tops else ""),
                 found.height,
@@ -60,9 +62,7 @@ class domains:
                 "Who holds a domain decides what its URLs give when the dataset is downloaded next time; expired "
                 "domains are for sale. The fewer domains, the more each of them can change.",
                 "Carlini et al., S&P 2024 (split-view poisoning)",
-                found.with_columns(reason=pl.format("{} of all pairs are on {}", "size", "group"))
-                if found.height
-                else None,
+                found.with_columns(reason=pl.format("{} of all pairs are on {}", "size", "group")),
                 "mithridate verify {shards} --published METADATA --out PUBLISHED",
             )
         )

@@ -63,6 +63,8 @@ def render(
     galleries: Mapping[str, Sequence[Tile]],
     verdict: str,
     command: str,
+    responses: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """The report as one self-contained HTML page.
 
@@ -78,6 +80,8 @@ def render(
         facts=facts,
         verdict=verdict,
         command=command,
+        responses=responses,
+        notes=notes,
         arms=arm_groups,
         arms_caveat=tables.caveat(arm_groups),
         main=tables.main_measures(arm_groups),

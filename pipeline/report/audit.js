@@ -96,7 +96,7 @@ if (location.hash) reveal();
 
 all("details.why").forEach((details) => details.addEventListener("toggle", () => {
   for (const link of all(".alike a:not(:has(img))", details)) {
-    const picture = all("img", byId(decodeURIComponent(link.hash.slice(1))))[0];
+    const picture = all(":scope > img", byId(link.hash.slice(1)))[0]; // its own, not one of those alike to it
     if (!picture) continue;
     const copy = picture.cloneNode();
     copy.alt = link.textContent;
@@ -146,22 +146,48 @@ function quoted(text) { // for a shell
   return `"${text.replace(/[\\"$`]/g, "\\$&")}"`;
 }
 
+// As `unwanted` in filters/listed.py: all pairs of lists that keep none; of the others the greatest uids first, each as
+// long as no group of any list would have too few left.
+
 function removal() {
   const findings = new Map(); // uid -> names
+  const forced = new Set();
+  const groupsOf = new Map(); // uid -> numbers of its groups
+  const [left, keeps] = [[], []];
   for (const name of chosen) {
-    if (listOf(name).listed === null) continue;
-    for (const uid of uids(name)) findings.set(uid, [...(findings.get(uid) ?? []), name]);
+    const { listed, sizes, keep } = listOf(name);
+    if (listed === null) continue;
+    const found = uids(name);
+    for (const uid of found) findings.set(uid, [...(findings.get(uid) ?? []), name]);
+    if (!keep) {
+      for (const uid of found) forced.add(uid);
+      continue;
+    }
+    let at = 0;
+    for (const size of sizes) {
+      for (const end = at + size; at < end; at++) groupsOf.set(found[at], [...(groupsOf.get(found[at]) ?? []), left.length]);
+      left.push(size);
+      keeps.push(keep);
+    }
+  }
+  const remove = (uid) => { for (const group of groupsOf.get(uid) ?? []) left[group]--; };
+  forced.forEach(remove);
+  for (const uid of [...groupsOf.keys()].filter((uid) => !forced.has(uid)).sort().reverse()) {
+    if (groupsOf.get(uid).every((group) => left[group] > keeps[group])) remove(uid);
+    else findings.delete(uid);
   }
   return findings;
 }
 
 function commandOf(listed, apart) {
-  const parts = apart.map(listOf);
-  if (listed) parts.push({ score: commands.score, folder: commands.folder, path: commands.path });
-  const tests = parts.map(({ folder }) => `threshold(detector='${folder}:listed', above=0.5)`);
-  const policy = tests.length > 1 ? `any_of(policies=(${tests.map((test) => `"${test}"`).join(", ")}))` : tests[0];
-  const paths = parts.map(({ path }) => path).join(" ");
-  return [...parts.map(({ score }) => score), `${commands.filter} \\\n    --scores ${paths} \\\n    --policy ${quoted(policy)}`].join(" &&\n");
+  const lists = apart.map(listOf);
+  if (listed) lists.unshift({ file: `'${commands.file}'`, keep: 0 });
+  const several = (values) => (values.length > 1 ? `(${values.join(", ")})` : values[0]);
+  const keep = lists.some((one) => one.keep) || lists.length > 1 ? `, keep=${several(lists.map((one) => one.keep))}` : "";
+  const detector = `listed(file=${several(lists.map((one) => one.file))}${keep})`;
+  const policy = `threshold(detector='${commands.folder}:listed', above=0.5)`;
+  const line = " \\\n    --";
+  return `${commands.score}${line}detector ${quoted(detector)} &&\n${commands.filter}${line}scores ${commands.path}${line}policy ${quoted(policy)}`;
 }
 
 function choose() {

@@ -58,9 +58,9 @@ class Pair:
 class Members:
     """The pairs of a finding: `tiles` with pictures, the first rows as a table, of `groups`.
 
-    `removes` pairs are what its command removes, `listed` their uids, 16 bytes each; None where these are too many for
-    a page. `score` is the first half of that command, which writes the folder `path`; "" where the finding is not one
-    to be removed.
+    `removes` pairs are what its command removes, so that `keep` of each group stay. `listed` are the uids of the list,
+    16 bytes each, None where these are too many for a page; where some stay group after group, of `sizes` pairs. `file`
+    is the list's path; "" where the finding is not one to be removed.
     """
 
     tiles: Sequence[Pair] = ()
@@ -68,14 +68,15 @@ class Members:
     groups: int = 0
     removes: int = 0
     listed: bytes | None = None
-    score: str = ""
-    path: str = ""
+    sizes: Sequence[int] = ()
+    keep: int = 0
+    file: str = ""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The commands for a list that is made in the page and saved as `file`: `score` writes `path`, whose last part is
-    `folder`; `filter` lacks --scores and --policy."""
+    """The commands for a list that is made in the page and saved as `file`: `score`, which lacks --detector, writes
+    `path`, whose last part is `folder`; `filter` lacks --scores and --policy."""
 
     file: str
     score: str
@@ -137,14 +138,15 @@ def render_audit(
         tables=_of(tables, None),
         unseen=audited.unseen,
         selection=selection,
-        lists=_json({name: _list(name, one) for name, one in members.items() if one.score}),
-        commands=_json(dataclasses.asdict(selection) | {"score": _in_lines(selection.score)}),
+        lists=_json({name: _list(one) for name, one in members.items() if one.file}),
+        commands=_json(dataclasses.asdict(selection)),
     )
 
 
-def _list(name: str, members: Members) -> dict[str, Any]:
+def _list(members: Members) -> dict[str, Any]:
+    """`file` is a literal of a spec."""
     listed = None if members.listed is None else base64.b64encode(members.listed).decode()
-    return {"listed": listed, "score": _in_lines(members.score), "path": members.path, "folder": name}
+    return {"listed": listed, "sizes": members.sizes, "keep": members.keep, "file": repr(members.file)}
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,11 @@ def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any
         "explanation": finding.explanation,
         "source": finding.source,
         "action": _in_lines(finding.action),
-        "removes": members.removes if members.score else 0,
+        "removes": members.removes if members.file else 0,
         "stays": 0 < members.removes < finding.n,
         "whole": members.listed is not None,
         "file": finding.file,
-        "tiles": [_tile(pair, name, groups, members, whole) for pair in members.tiles],
+        "tiles": [_tile(at, name, groups, members, whole) for at in range(len(members.tiles))],
         "rows": [
             (p.uid, p.shard, groups[p.group], one_line(p.caption or ""), one_line(p.reason)) for p in members.rows
         ],
@@ -193,11 +195,11 @@ def _finding(finding: Finding, members: Members, whole: _Whole) -> dict[str, Any
     }
 
 
-def _tile(pair: Pair, finding: str, groups: Mapping[str, int], members: Members, whole: _Whole) -> dict[str, Any]:
+def _tile(at: int, finding: str, groups: Mapping[str, int], members: Members, whole: _Whole) -> dict[str, Any]:
+    pair = members.tiles[at]
     known, before = pair.known, pair.known.before
-    alike = _alike(pair, members)
     return {
-        "id": _anchor(finding, pair),
+        "id": _anchor(finding, at),
         "uid": pair.uid,
         "source": known.picture and data_url(known.picture[0]),
         "exact": known.picture and known.picture[1],
@@ -205,7 +207,10 @@ def _tile(pair: Pair, finding: str, groups: Mapping[str, int], members: Members,
         "reason": one_line(pair.reason),
         "group": groups[pair.group] if members.groups > 1 else 0,
         "size": pair.size,
-        "alike": [(_anchor(finding, p), one_line(p.caption or "(no caption)", 60)) for p in alike],
+        "alike": [
+            (_anchor(finding, other), one_line(members.tiles[other].caption or "(no caption)", 60))
+            for other in _alike(at, members)
+        ],
         "why": [
             (name, whole.titles[name], one_line(why)) for name, why in whole.reasons.get((pair.shard, pair.uid), ())
         ],
@@ -225,12 +230,12 @@ def _in_lines(command: str) -> str:
     return "".join(parts)
 
 
-def _alike(pair: Pair, members: Members) -> list[Pair]:
-    """The nearest of its group, in the group's order."""
-    group = [p for p in members.tiles if p.group == pair.group]
-    at = group.index(pair)
-    first = max(0, min(at - ALIKE // 2, len(group) - ALIKE - 1))
-    return [p for p in group[first : first + ALIKE + 1] if p is not pair]
+def _alike(at: int, members: Members) -> list[int]:
+    """The tiles of its group that are next to it in the group's order."""
+    group = [number for number, p in enumerate(members.tiles) if p.group == members.tiles[at].group]
+    place = group.index(at)
+    first = max(0, min(place - ALIKE // 2, len(group) - ALIKE - 1))
+    return [number for number in group[first : first + ALIKE + 1] if number != at]
 
 
 def _place(score: float, spread: Histogram | None) -> str:
@@ -243,8 +248,9 @@ def _place(score: float, spread: Histogram | None) -> str:
     return f"above the fence of {spread.fence:.4g}; {share}" if beyond else share
 
 
-def _anchor(finding: str, pair: Pair) -> str:
-    return f"{finding}:{pair.shard}:{pair.uid}".replace(" ", "_")
+def _anchor(finding: str, at: int) -> str:
+    """Of a number and not of a shard's name, which may hold anything: a link to `a%zz` cannot be decoded."""
+    return f"{finding}-tile-{at + 1}"
 
 
 def _table(table: Table, number: int) -> dict[str, Any]:

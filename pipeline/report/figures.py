@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from pipeline.report.text import one_line
+
 if TYPE_CHECKING:
     from pipeline.dose_response import Effect
 
@@ -245,8 +247,8 @@ def _looks(effects: Sequence["Effect"]) -> dict[str, dict[str, Any]]:
 
 
 def _titled(attack: str) -> str:
-    return attack if len(attack) <= 52 else f"{attack[:51]}…"
+    return _plain(attack if len(attack) <= 52 else f"{attack[:51]}…")
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # names are data, not mathematics
+    return one_line(text).replace("$", r"\$")  # names are data, not mathematics, and control characters no XML

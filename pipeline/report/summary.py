@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline import ledger, report, spec
 from pipeline.config import POOL, Config, Scores
+from pipeline.estimate import hours
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
 from pipeline.scored import scores_folder
@@ -16,56 +17,112 @@ from pipeline.shards.store import write
 from train.results import SUCCESS
 
 if TYPE_CHECKING:
+    from pipeline.dose_response import Effect
     from pipeline.runs import Run
 
 TILES = 24
 VALID_ASR = 0.6  # below it the attack itself has failed and no filter can be credited
+DOSES = 3  # from so many on, the page tells how much poison an attack takes
 CONTROLS = ("random", "oracle")
 Rows = list[dict[str, Any]]
 
 
-def write_report(
-    plan: Config, runs: "Sequence[Run]", arms: Rows, detectors: Rows, config: Path, out: Path, seconds: float
-) -> None:
+def write_report(plan: Config, runs: "Sequence[Run]", arms: Rows, detectors: Rows, config: Path, out: Path) -> None:
     """Print the two tables and write OUT/report.html; pictures are those of the first run that was scored."""
     import polars as pl
     from rich.console import Console
 
     arm_table, detector_table = (pl.DataFrame(rows, infer_schema_length=None) for rows in (arms, detectors))
     report.print_tables(arm_table, detector_table, Console())
-    said = verdict(arms)
+    attacks, notes = _responses(arms)
+    said = verdict(arms, attacks)
     console.print(said)
     page = report.render(
         title=plan.title,
         verdict=said,
-        facts=_facts(plan, arms, seconds),
+        facts=_facts(plan, arms),
         arms=arm_table,
         detectors=detector_table,
         histograms=_histograms(plan, runs[0]) if runs else [],
         galleries=_galleries(plan, runs[0]) if runs else {},
         command=f"mithridate loop {config.name} OUT",
+        responses=[_shown_response(effects) for effects in attacks],
+        notes=notes,
     )
     path = out / "report.html"
     write(str(path), page.encode())
     console.print(f"report: {path}")
 
 
-def verdict(arms: Rows) -> str:
-    """Two or three sentences on each attack and dose that was tried undefended; one below its floor credits nobody."""
+def _responses(arms: Rows) -> "tuple[list[list[Effect]], list[str]]":
+    """Of the attacks that were tried at enough doses to tell how much poison they take."""
+    from pipeline.dose_response import responses
+
+    doses: dict[str, set[int]] = {}
+    for arm in arms:
+        doses.setdefault(arm["attack"], set()).update({arm["dose"]} - {0})
+    return responses([arm for arm in arms if len(doses[arm["attack"]]) >= DOSES])
+
+
+def verdict(arms: Rows, responses: "Sequence[Sequence[Effect]]" = ()) -> str:
+    """Sentences on each attack and dose that was tried undefended; one below its floor credits nobody.
+
+    An attack with a dose-response is told by that: its doses may be those at which it works half of the time.
+    """
+    told = {effects[0].attack: _of_doses(effects) for effects in responses}
     groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms if a["arm"] == "undefended" and a["dose"])
     if not groups:
         return "Nothing is poisoned here: what counts is what each filter costs."
-    return " ".join(_sentences([a for a in arms if (a["attack"], a["dose"]) == group]) for group in groups)
+    alone = [group for group in groups if group[0] not in told]
+    return " ".join(
+        [*told.values(), *(_sentences([a for a in arms if (a["attack"], a["dose"]) == group]) for group in alone)]
+    )
+
+
+def _of_doses(effects: "Sequence[Effect]") -> str:
+    """Of one attack, undefended first."""
+    none, name = effects[0], spec.parse_call(effects[0].attack)[0]
+    if none.said != "reached":
+        return f"Undefended, {name!r}: half success is {none.said} ({none.ed50} ppm)."
+    said = f"Undefended, {name!r} succeeds half of the time at {none.ed50} ppm."
+    factors = {one.label: one.protection for one in effects[1:] if one.protection and one.protection.least}
+    tried = {label: factor for label, factor in factors.items() if not label.startswith(CONTROLS)}
+    if not tried:
+        return said
+    best = max(tried, key=lambda label: tried[label].least)
+    control = next(
+        (f"; random removal has {factor}" for label, factor in factors.items() if label.startswith("random")), ""
+    )
+    return f"{said} The highest protection factor is that of {best}, {tried[best]}{control}."
+
+
+def _shown_response(effects: "Sequence[Effect]") -> dict[str, Any]:
+    """A table for the page."""
+    from pipeline.dose_response import lost_text
+
+    rows = [
+        (
+            one.label,
+            str(one.ed50),
+            str(one.protection or "–"),
+            lost_text(one),
+            str(len(one.trials.seeds)),
+            str(int((one.trials.dose > 0).sum())),
+        )
+        for one in effects
+    ]
+    return {"attack": effects[0].attack, "measure": effects[0].measure, "rows": rows}
 
 
 def _sentences(arms: Rows) -> str:
     success = next((name for name in SUCCESS if any(arm.get(name) is not None for arm in arms)), SUCCESS[0])
     asr, accuracy = _means(arms, success), _means(arms, "zeroshot_top1")
-    undefended = asr["undefended"]
+    undefended = asr.get("undefended")
     attack, dose, ppm = spec.parse_call(arms[0]["attack"])[0], arms[0]["dose"], arms[0]["dose_ppm"]
-    start = (
-        f"Undefended, {dose:,} poisons of {attack!r} ({ppm:,.0f} ppm) reach an attack success rate of {undefended:.1%}."
-    )
+    start = f"Undefended, {dose:,} poisons of {attack!r} ({ppm:,.0f} ppm)"
+    if undefended is None:
+        return f"{start} were asked of no image: nobody knows whether they work."
+    start += f" reach an attack success rate of {undefended:.1%}."
     if undefended < VALID_ASR:
         return f"{start} Below {VALID_ASR:.0%} the attack is not valid: no filter is credited for its failure."
     filters = {name: rate for name, rate in asr.items() if not name.startswith(("undefended", *CONTROLS))}
@@ -73,34 +130,40 @@ def _sentences(arms: Rows) -> str:
         return start
     best = min(filters, key=lambda name: filters[name])
     control = next((f"; random removal leaves {rate:.1%}" for n, rate in asr.items() if n.startswith("random")), "")
-    change = 100 * (accuracy[best] - accuracy["undefended"])
     kind = "filter or defense" if any(arm.get("defense") for arm in arms) else "filter"
-    return (
-        f"{start} The best {kind} here, {best}, leaves {filters[best]:.1%}{control}. "
-        f"It changes zero-shot accuracy by {change:+.1f} points."
-    )
+    said = f"{start} The best {kind} here, {best}, leaves {filters[best]:.1%}{control}."
+    if best in accuracy and "undefended" in accuracy:
+        said += f" It changes zero-shot accuracy by {100 * (accuracy[best] - accuracy['undefended']):+.1f} points."
+    return said
 
 
 def _means(arms: Rows, measure: str) -> dict[str, float]:
-    """Mean over seeds of a measure, by arm; an arm is a detector at an epoch."""
+    """Mean over seeds of a measure, by arm (a detector at an epoch), without who was not asked."""
     out: dict[str, list[float]] = {}
     for arm in arms:
         name = f"{arm['arm']} at {arm['when']}" if arm["when"] else arm["arm"]
-        out.setdefault(name, []).append(arm[measure] or 0.0)
+        if arm[measure] is not None:
+            out.setdefault(name, []).append(arm[measure])
     return {name: float(np.mean(values)) for name, values in out.items()}
 
 
-def _facts(plan: Config, arms: Rows, seconds: float) -> dict[str, str]:
+def _facts(plan: Config, arms: Rows) -> dict[str, str]:
+    """What all rows have in common, or from where to where they go."""
     from pipeline.cli import version_text
 
     first = arms[0]
+    attacks, doses = (dict.fromkeys(arm[name] for arm in arms) for name in ("attack", "dose"))
+    ppm = sorted(arm["dose_ppm"] for arm in arms)
+    dose = f"{first['dose']:,} pairs = {ppm[0]:,.0f} ppm"
+    if len(doses) > 1:
+        dose = f"{len(doses)} from {min(doses):,} to {max(doses):,} pairs = {ppm[0]:,.0f} to {ppm[-1]:,.0f} ppm"
     return {
-        "Pairs": f"{first['samples']:,}",
-        "Attack": first["attack"],
-        "Dose": f"{first['dose']:,} pairs = {first['dose_ppm']:,.0f} ppm",
+        "Pairs": f"{max(arm['samples'] for arm in arms):,}",
+        "Attack": first["attack"] if len(attacks) == 1 else f"{len(attacks)}: {', '.join(attacks)}",
+        "Dose": dose,
         "Recipe": plan.recipe,
         "Seeds": ", ".join(map(str, plan.seeds)),
-        "Wall time": f"{seconds / 60:.1f} min",
+        "All runs took": hours(sum(arm["seconds"] for arm in arms) / 3600),
         "Version": version_text(),
     }
 

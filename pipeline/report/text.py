@@ -4,10 +4,12 @@ Escaping for HTML is the template's work. This takes out what survives escaping:
 up, so that what a reader sees is what the caption holds.
 """
 
+import re
 import unicodedata
 
 MAX_CAPTION = 240
 MAX_MARKS = 3  # combining marks on one letter; no script needs more, "zalgo" text has dozens
+_NAME = re.compile(r"(?!www\.)[\w ,.:()='%+-]*", re.ASCII)
 _JOINERS = "\u200c\u200d"
 
 
@@ -34,6 +36,16 @@ def visible(text: str) -> str:
             out.append(char)
         previous = char
     return "".join(out)
+
+
+def code(text: str) -> str:
+    """As a code span of Markdown, in a table too: nothing in it is markup, and a forge looks for nobody there."""
+    return "`{}`".format(one_line(text, 1_000).replace("`", "'").replace("|", "\\|"))
+
+
+def named(text: str) -> str:
+    """A name in Markdown: as it is, or as code where it is not of what arms, specs and digests are made of."""
+    return text if _NAME.fullmatch(text) else code(text)
 
 
 def one_line(text: str, limit: int = MAX_CAPTION) -> str:

@@ -177,5 +177,10 @@ def test_a_list_is_scored_by_uid_and_leaves_some_of_each_group(tmp_path):
     file = str(tmp_path / "list.parquet")
     assert spec.parse("detectors", f"listed(file={file!r})").score(batch, None).tolist() == [1, 1, 1, 1, 0]
     assert spec.parse("detectors", f"listed(file={file!r}, keep=1)").score(batch, None).tolist() == [0, 1, 1, 0, 0]
+    pl.DataFrame({"uid": ["d"]}).write_parquet(tmp_path / "more.parquet")
+    both = spec.parse("detectors", f"listed(file=({file!r}, {str(tmp_path / 'more.parquet')!r}), keep=(1, 0))")
+    assert both.score(batch, None).tolist() == [0, 1, 1, 1, 0]
+    with pytest.raises(InputError, match="as many numbers to keep"):
+        spec.parse("detectors", "listed(file=('a.csv', 'b.csv'), keep=1)")
     with pytest.raises(InputError, match="mithridate audit"):
         spec.parse("detectors", "listed(file='nowhere.parquet')").score(batch, None)

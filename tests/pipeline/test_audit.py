@@ -1,9 +1,11 @@
 """An audit finds what is planted, one of each kind, says what it could not look at, and leaves a clean set in peace."""
 
 import base64
+import functools
 import hashlib
 import io
 import json
+import operator
 import re
 import shlex
 from pathlib import Path
@@ -17,13 +19,16 @@ from conftest import write_tar
 from PIL import Image
 
 from pipeline import ledger, spec
-from pipeline.audit import audit
+from pipeline.audit import _about, audit
 from pipeline.audit_columns import Rows
 from pipeline.audits._audit import About
 from pipeline.audits._compare import compare_audits
 from pipeline.audits._schema import Audited, Dataset, Finding, share_of, verdict
+from pipeline.audits.conservation import _of_shards
 from pipeline.cli import run
 from pipeline.compare import compare
+from pipeline.dataset import Row as DatasetRow
+from pipeline.dataset import save_manifest
 from pipeline.embed import _write as write_embeddings
 from pipeline.errors import InputError
 from pipeline.shard_map import ShardsFailed
@@ -288,6 +293,25 @@ def test_what_was_changed_since_its_manifest_is_severe(tmp_path, untouched):
     assert "00000001.tar" in kinds["conservation-changed"]
 
 
+def test_every_folder_of_a_list_has_a_manifest_of_its_own(tmp_path):
+    shards = []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        shards.append(write_tar(tmp_path / name / f"{name}.tar", clean()[:2]))
+        if name != "c":
+            save_manifest(str(tmp_path / name), [DatasetRow(f"{name}.tar", 2, 1, name)])
+    listed = [Shard(str(path)) for path in shards]
+
+    def kinds(sha256):
+        marks = [{"input": {"file": s.file}, "out": 2, "input_sha256": sha256(s.name)} for s in listed]
+        return [one.kind for one in _of_shards(_about(str(tmp_path / "list.txt"), listed, marks, str(tmp_path), False))]
+
+    assert kinds(lambda name: name) == []  # c has no manifest that it could be missing in
+    assert kinds(lambda name: "other") == ["changed"]
+    save_manifest(str(tmp_path / "b"), [DatasetRow("other.tar", 2, 1, "b")])
+    assert kinds(lambda name: name) == ["extra"]
+
+
 def test_an_unreadable_shard_is_told_and_fails_the_run(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/00000000.tar").write_bytes(b"no tar" * 300)
@@ -363,7 +387,9 @@ def test_what_cannot_be_audited_is_said_in_a_line(tmp_path):
 
 
 def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
-    hostile = "<img src=x onerror=alert(1)> | `x` @everyone ![](http://x) \u202egnp\u0000 \U0001f600"
+    hostile = (
+        "<img src=x onerror=alert(1)> | `x` @everyone &commat;octocat #12 ![](http://x) \u202egnp\u0000 \U0001f600"
+    )
     rows = table(300).with_columns(
         TEXT=pl.Series([hostile] * 80 + ["x" * 70_000] * 20 + ["NaN", "None", ""] * 66 + [None] * 2)
     )
@@ -372,6 +398,8 @@ def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
     text = (tmp_path / "out/audit.md").read_text()
     for raw in ("\u202e", "\x00", "@everyone", "http://", "| `x`"):
         assert raw not in text
+    # a forge decodes entities and takes escapes out before it looks for whom to call
+    assert "\\&commat;octocat" in text and "#12" not in text
     assert not re.search(r"(?<!\\)[<!\[]", text)  # all are escaped
     flood = found(tmp_path / "out")["captions-flood"]
     assert flood.examples[0].caption == hostile
@@ -379,6 +407,35 @@ def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
     assert json.loads((tmp_path / "out/audit.json").read_bytes())["version"] == 1
     with pytest.raises(ValueError, match="version"):
         Audited.of(b'{"version": 0}')
+
+
+def test_an_audit_json_of_other_types_is_refused_and_what_it_says_stays_text(tmp_path, capsys):
+    rows = table(300).with_columns(TEXT=pl.Series(["one caption"] * 100 + [None] * 200))
+    rows.write_parquet(tmp_path / "meta.parquet")
+    assert audit(str(tmp_path / "meta.parquet"), str(tmp_path / "out")) == 0
+    told = (tmp_path / "out/audit.json").read_text()
+    for path, value in {
+        ("findings", 0, "severity"): "fatal",
+        ("findings", 0, "n"): "3",
+        ("findings", 0, "share", "low"): "x",
+        ("findings", 0, "examples", 0, "uid"): 3,
+        ("verdict", "worst"): "fine",
+        ("tables", 0, "rows", 0): [],
+        ("dataset", "sha256"): None,
+        ("dataset", "pairs"): float("nan"),
+    }.items():
+        changed = json.loads(told)
+        *inner, last = path
+        functools.reduce(operator.getitem, inner, changed)[last] = value
+        with pytest.raises(ValueError, match=r"not an audit\.json|no number"):
+            Audited.of(json.dumps(changed).encode())
+    hostile = json.loads(told)
+    hostile["dataset"]["sha256"] = hostile["unseen"][0]["audit"] = "\x1b]0;x\x07 | <img src=x> @everyone"
+    (tmp_path / "audit.json").write_text(json.dumps(hostile))
+    capsys.readouterr()
+    assert compare(str(tmp_path / "audit.json"), str(tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    assert said and not any(raw in said for raw in ("\x1b", "@", "| <img", " <img"))
 
 
 # Without files
@@ -431,9 +488,11 @@ def test_the_report_shows_what_was_found(planted):
     assert "Its history" in poisons and "mine:mine()" in poisons and "published similarity" in poisons
     assert "no image</div>" in html.split('id="conservation-no_image"')[1].split("</article>")[0]
     lists = json.loads(html.split('id="lists">')[1].split("</script>")[0])
-    gone = bytes.hex(base64.b64decode(lists["natural_backdoors-near_identical"]["listed"]))
+    copies = lists["natural_backdoors-near_identical"]
+    told = bytes.hex(base64.b64decode(copies["listed"]))
     listed = pl.read_parquet(out / "findings/natural_backdoors-near_identical.parquet")["uid"]
-    assert [gone[i : i + 32] for i in range(0, len(gone), 32)] == sorted(listed)[1:], "one of the copies stays"
+    assert [told[i : i + 32] for i in range(0, len(told), 32)] == sorted(listed)
+    assert copies["sizes"] == [8] and copies["keep"] == 1, "one of the copies stays"
     assert "leakage-attribute" not in lists, "its command removes nothing"
 
 

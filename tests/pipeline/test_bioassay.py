@@ -65,6 +65,17 @@ def test_a_protection_factor_knows_what_it_does_not_know():
     assert protection(other_seeds, undefended) == UNKNOWN == protection(Trials.of([]), undefended)
 
 
+def test_a_factor_is_never_of_the_easy_seeds_alone():
+    """An arm without the hard seed would look better known than it is."""
+
+    def of(factor, seeds):
+        truths = [factor * own for own in (20e3, 24e3, 80e3)[:seeds]]
+        return Trials.of([(s, d, round(100 * curve(d, t)), 100) for s, t in enumerate(truths) for d in DOSES])
+
+    assert ed50(of(1.8, 2), draws=20).known and protection(of(1.8, 2), of(1.0, 3), draws=20) == UNKNOWN
+    assert protection(of(1.8, 3), of(1.0, 3), draws=20).least == pytest.approx(1.8, rel=0.15)
+
+
 def test_nothing_poisoned_and_nothing_asked():
     clean = Trials.of([(0, 0.0, 0, 100)])
     assert ed50(clean) == UNKNOWN and fit(clean) is None

@@ -1,19 +1,28 @@
 """What a loop costs, which runs a bisection takes, and that what is shared is trained once."""
 
+import html
+import itertools
 import json
+import os
+import re
 import shutil
 
 import polars as pl
 import pytest
 from conftest import pairs, write_tar
 
+from pipeline import runs
 from pipeline.board import Board
 from pipeline.config import Config
 from pipeline.doses import Adaptive
 from pipeline.errors import InputError
 from pipeline.estimate import Estimate, estimate
 from pipeline.loop import _bisected, loop
-from pipeline.runs import NOBODY, Run, arms_of, source_digest
+from pipeline.report.summary import write_report
+from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
+from pipeline.spec import digest, parse, text
+from train.metrics import Rate
+from train.results import columns
 
 GRID = "adaptive(low='2', high='64', factor=2)"  # 2, 4, 8, 16, 32, 64
 
@@ -28,7 +37,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def config(place, **changes) -> str:
+def config(place, scores=("random",), detector="random", **changes) -> str:
     facts = {
         "shards": f"{place}/train",
         "evaluation": f"{place}/eval",
@@ -38,11 +47,11 @@ def config(place, **changes) -> str:
         "doses": ["0"],
     } | changes
     filters = "".join(
-        f"\n[[filters]]\nepoch = 4\npolicy = \"budget(detector='random', drop={drop})\"\n" for drop in (0.1, 0.5)
+        f"\n[[filters]]\nepoch = 4\npolicy = \"budget(detector='{detector}', drop={drop})\"\n" for drop in (0.1, 0.5)
     )
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in facts.items())
     path = place / "config.toml"
-    path.write_text(f'{text}\n[[scores]]\nepoch = 4\ndetectors = ["random"]\n{filters}')
+    path.write_text(f"{text}\n[[scores]]\nepoch = 4\ndetectors = {json.dumps(scores)}\n{filters}")
     return str(path)
 
 
@@ -73,16 +82,70 @@ def test_a_grid_that_cannot_be_is_refused_at_once(place, tmp_path):
     assert not list((tmp_path / "out").rglob("train.json"))
 
 
+def finished(file, out) -> None:
+    """As a loop leaves OUT whose arms are all done, but of the models only the folder that scoring looks for."""
+    plan = Config.read(file)
+    found = columns({name: Rate(0.9, 10, 0.6, 0.98) for name in ("asr_text", "zeroshot_top1")})
+    found |= {"code": source_digest(), "seconds": 2.0, "train_seconds": 1.0, "samples": 96, "removed": 0}
+    found |= {"poisons_in": 10, "poisons_left": 10, "dose": 10, "dose_ppm": 1e6 / 9.6, "defense": None}
+    found |= {"filter_seconds": None, "filter_cpu_seconds_per_million": None, "recipe": plan.recipe}
+    for attack, dose, seed in itertools.product(plan.attacks, plan.doses, plan.seeds):
+        run = Run(plan, attack, dose, seed, out)
+        for arm in arms_of(plan):
+            path = run._row(arm)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row = found | {"attack": attack, "seed": seed, "arm": arm.name, "when": arm.filter and arm.filter.when}
+            path.write_text(json.dumps(row | {"policy": arm.filter and arm.filter.policy} | run._made_of(arm)))
+        (run.folder / "undefended/checkpoints/epoch_004").mkdir(parents=True, exist_ok=True)
+
+
 class _Told(Board):
     """A board that answers from a rule instead of training: each arm works from a dose on."""
 
-    def __init__(self, works_from: dict[str, int]):
+    def __init__(self, works_from: dict[str, int], harder: int = 0):
         super().__init__(Estimate(1, 0, True, 1.0, "told"))
-        self.works_from, self.asked = works_from, []
+        self.works_from, self.harder, self.asked = works_from, harder, []
 
     def row(self, run, arm):
-        self.asked.append((int(run.dose), arm.folder))
-        return {"asr_text": float(int(run.dose) >= self.works_from[arm.folder]), "asr_text_n": 10}
+        """With every further seed from `harder` more poisons on."""
+        self.asked.append((run.seed, int(run.dose), arm.folder))
+        works = int(run.dose) >= self.works_from[arm.folder] + run.seed * self.harder
+        return {"asr_text": float(works), "asr_text_n": 10}
+
+
+def test_what_is_left_is_counted_in_trainings_and_after_what_the_searches_know(place, tmp_path):
+    """Fixed: a row that was only asked takes no training. Bisected: a finished search has nothing left."""
+    file = config(place)
+    plan, arms = Config.read(file), arms_of(Config.read(file))
+    finished(file, tmp_path / "clean")
+    runs = [Run(plan, attack, "0", 0, tmp_path / "clean") for attack in plan.attacks]
+    for run, seconds in zip(runs, (100.0, 1.0), strict=True):  # of the second attack the evaluation alone
+        for arm in arms:
+            run._row(arm).write_text(json.dumps(json.loads(run._row(arm).read_text()) | {"seconds": seconds}))
+    found = estimate(plan, tmp_path / "clean")
+    assert (found.trainings, found.done, found.seconds) == (3, 3, 100.0)
+    runs[1]._row(arms[0]).unlink()
+    assert estimate(plan, tmp_path / "clean").left == 0
+
+    file = config(place, attacks=["sig(target='banana')"], doses=[GRID])
+    plan, arms, out = Config.read(file), arms_of(Config.read(file)), tmp_path / "bisected"
+
+    class Kept(_Told):
+        def row(self, run, arm):
+            row = super().row(run, arm)
+            run._row(arm).parent.mkdir(parents=True, exist_ok=True)
+            run._row(arm).write_text(json.dumps(row | {"seconds": 1.0, "dataset_digest": ""}))
+            return row
+
+    most = estimate(plan, out).trainings
+    left = []
+    for _ in _bisected(plan, plan.attacks[0], Adaptive.parse(GRID), out, Kept({a.folder: 8 for a in arms}), arms):
+        left.append(estimate(plan, out).left)
+    assert len(left) <= most and left[-1] == 0 and left == sorted(left, reverse=True)
+    assert estimate(plan, out).done == len(left)
+    failed = tmp_path / "failed"
+    for _ in _bisected(plan, plan.attacks[0], Adaptive.parse(GRID), failed, Kept({a.folder: 99 for a in arms}), arms):
+        assert estimate(plan, failed).left == 0  # not reached at the highest dose: one training says all
 
 
 def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, tmp_path):
@@ -92,15 +155,107 @@ def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, t
 
     def asked(works_from):
         board = _Told(works_from)
-        list(_bisected(plan, plan.attacks[0], grid, 0, tmp_path, board, arms))
+        list(_bisected(plan, plan.attacks[0], grid, tmp_path, board, arms))
         assert len(board.asked) == len({*board.asked})  # nothing twice
-        return board.asked
+        return [(dose, arm) for _, dose, arm in board.asked]
 
     found = asked({none: 8, weak: 16, strong: 1000})
     assert [dose for dose, arm in found if arm == strong] == [64]  # not reached: one run
     assert {dose for dose, arm in found if arm == weak} >= {8, 16}
     assert {dose for dose, _ in found} == {dose for dose, arm in found if arm == none}  # scores are of its model
     assert asked({none: 1000, weak: 8, strong: 8}) == [(64, none)]  # an attack that fails is not defended against
+
+
+def test_once_an_attack_works_with_one_seed_every_seed_has_every_arm(place, tmp_path):
+    plan, grid = Config.read(config(place, doses=[GRID], seeds=[0, 1, 2])), Adaptive.parse(GRID)
+    arms = arms_of(plan)
+    board = _Told({arm.folder: 8 for arm in arms}, harder=100)  # seeds 1 and 2 are not reached at 64
+    list(_bisected(plan, plan.attacks[0], grid, tmp_path, board, arms))
+    assert {(seed, arm) for seed, _, arm in board.asked} == {(seed, arm.folder) for seed in (0, 1, 2) for arm in arms}
+    assert [dose for seed, dose, arm in board.asked if seed == 1] == [64, 64, 64]
+    nobody = _Told({arm.folder: 1000 for arm in arms})
+    list(_bisected(plan, plan.attacks[0], grid, tmp_path, nobody, arms))
+    assert nobody.asked == [(seed, 64, "undefended") for seed in (0, 1, 2)]
+
+
+def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(place, tmp_path):
+    shutil.copytree(place / "eval", tmp_path / "reference")
+
+    def row(k=16, **more):
+        plan = Config.read(config(place, [f"slof(k={k})"], "slof", doses=["10"], **more))
+        run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path / "out"), arms_of(plan)[1]
+        return run._row(arm), run._made_of(arm)
+
+    assert row() == row() and row()[0] != row(k=17)[0] and row()[0].parent == row(k=17)[0].parent
+    assert row()[1]["detectors"].startswith("scores-004:slof(k=16") and "k=17" in row(k=17)[1]["detectors"]
+    before = row(reference=f"{tmp_path}/reference")
+    write_tar(tmp_path / "reference" / "00000000.tar", pairs(0, 8))
+    assert before[0] != row(reference=f"{tmp_path}/reference")[0]
+    assert len({row(evaluation=f"{place}/{name}")[1]["evaluation_digest"] for name in ("eval", "train")}) == 2
+
+
+def test_a_repair_is_of_the_bytes_that_it_trusts(place, tmp_path):
+    shutil.copytree(place / "eval", tmp_path / "trusted")
+    plan = Config.read(config(place, defenses=[f"finetune(trusted='{tmp_path}/trusted')"]))
+    run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path), arms_of(plan)[-1]
+    before = run._row(arm)
+    runs._by_content.cache_clear()  # of another command
+    assert before == run._row(arm)
+    write_tar(tmp_path / "trusted" / "00000000.tar", pairs(0, 8))
+    runs._by_content.cache_clear()
+    assert before != run._row(arm)
+
+
+def test_a_row_of_earlier_code_is_believed_where_it_can_be_checked(place, tmp_path):
+    """Earlier code called rows by less; what they were made of must be seen in the files beside."""
+    shutil.copytree(place / "eval", tmp_path / "reference")
+    plan = Config.read(config(place, ["slof"], "slof", doses=["10"], reference=f"{tmp_path}/reference"))
+    run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path / "out"), arms_of(plan)[1]
+    facts = [run.attack, "10", plan.evaluation, plan.classes, plan.reference, plan.readouts, runs._stamps(plan)]
+    path = run.folder / arm.folder / f"row-{digest(facts)}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"attack": "there"}')
+    assert run.kept(arm) is None  # by which scores?
+    scores = run.folder / "scores-004"
+    scores.mkdir()
+    for k in (64, 16):
+        table = {"uid": ["a"], text(parse("detectors", f"slof(k={k})")): [0.0]}
+        pl.DataFrame(table).write_parquet(scores / "00000000.scores.parquet")
+        row = run.kept(arm)
+        assert (row is None) == (k == 64)
+    assert row is not None and row["attack"] == "there" and row["detectors"] and row["dataset_digest"]
+    os.utime(tmp_path / "reference" / "00000000.tar", (2**32, 2**32))
+    runs._stamps.cache_clear()
+    assert run.kept(arm) is None
+
+
+def test_the_report_of_several_doses_tells_how_much_poison_an_attack_takes(place, tmp_path):
+    """A rate at a dose that was chosen to lie near one half is no verdict."""
+    doses = ["2", "8", "32"]
+    finished(config(place, doses=doses), tmp_path)
+    plan = Config.read(config(place, doses=doses))
+    rows = []
+    for attack, dose, arm in itertools.product(plan.attacks, doses, arms_of(plan)):
+        row = Run(plan, attack, dose, 0, tmp_path).kept(arm)
+        works = 0.9 if int(dose) > (2 if arm == UNDEFENDED else 8) else 0.1
+        rows.append(row | {"dose": int(dose), "dose_ppm": int(dose) / 96e-6, "asr_text": works, "asr_text_n": 100})
+    write_report(plan, [], rows, [], tmp_path / "c.toml", tmp_path)
+    page = html.unescape(re.sub("<[^>]+>", "", (tmp_path / "report.html").read_text()))
+    assert "How much poison it takes" in page and "not valid" not in page
+    assert page.count("The highest protection factor") == 0  # random removal is a control
+    assert "Undefended, 'patch' succeeds half of the time at" in page and "Undefended, 'sig' succeeds" in page
+    assert "3 from 2 to 32 pairs" in page and "2: patch(" in page and "1 seed: the interval is over images" in page
+    assert "1 minutes" in page  # 18 rows of 2 seconds
+
+
+def test_what_is_added_to_the_scores_of_a_finished_loop_is_scored(place, tmp_path):
+    out = tmp_path / "out"
+    finished(config(place, doses=["10"]), out)
+    assert loop(config(place, doses=["10"]), str(out)) == 0
+    assert set(pl.read_parquet(out / "detectors.parquet")["detector"]) == {"random(seed=0)"}
+    assert loop(config(place, ["random", "caption_frequency"], doses=["10"]), str(out)) == 0
+    found = pl.read_parquet(out / "detectors.parquet")
+    assert found.group_by("attack").len()["len"].to_list() == [2, 2] and not list(out.rglob("train.json"))
 
 
 @pytest.mark.slow

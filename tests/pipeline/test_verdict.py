@@ -3,7 +3,7 @@
 from pipeline.report.summary import verdict
 
 
-def arm(name: str, asr: float, when: str | None = "epoch 4") -> dict:
+def arm(name: str, asr: float | None, when: str | None = "epoch 4") -> dict:
     return {
         "attack": "patch(target='banana')",
         "dose": 354,
@@ -25,3 +25,10 @@ def test_below_the_floor_nobody_is_credited():
     said = verdict([arm("undefended", 0.3, None), arm("slof", 0.0)])
     assert "not valid" in said
     assert "best filter" not in said
+
+
+def test_who_was_not_asked_did_not_fail():
+    said = verdict([arm("undefended", None, None), arm("slof", None)])
+    assert "asked of no image" in said and "0.0%" not in said and "not valid" not in said
+    half = verdict([arm("undefended", 0.9, None), arm("undefended", None, None), arm("slof", None), arm("strip", 0.5)])
+    assert "90.0%" in half and "The best filter here, strip at epoch 4, leaves 50.0%" in half

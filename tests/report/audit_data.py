@@ -45,7 +45,7 @@ def pairs(first: int, text: str = "") -> list[Pair]:
             HISTORY | {"caption_before": f"a boat {text}"} if i == 1 else None,
         )
         group, caption = f"group {i // OF_A_GROUP} {text}", f"caption {number} {text}"
-        out.append(Pair(uid(number), "00000000", group, OF_A_GROUP, caption, f"one of 6 {text}", known))
+        out.append(Pair(uid(number), f"00000000{text}", group, OF_A_GROUP, caption, f"one of 6 {text}", known))
     return out
 
 
@@ -99,17 +99,21 @@ def parts(text: str = "") -> dict:
         (25, "scores-tail", True),  # five of the pairs are in the first, too
         (60, "duplicates-near", False),
     ):
-        shown, score = pairs(first, text), REMOVAL.score(name, f"/data/audited/findings/{name}.parquet", 1)
-        numbers = range(first, first + 30)
-        path = f"/data/audited-scores/{name}"
+        shown, numbers = pairs(first, text), range(first, first + 30)
         members[name] = Members(
-            shown, shown, GROUPS, 30 if whole else 8_995, listed(numbers) if whole else None, score, path
+            shown,
+            shown,
+            GROUPS,
+            30 if whole else 8_995,
+            listed(numbers) if whole else None,
+            keep=0 if whole else 1,
+            file=f"/data/audited/findings/{name}.parquet",
         )
-    place = ("00000000", uid(1))
+    place = (f"00000000{text}", uid(1))
     reasons = {place: [(one.audit + "-" + one.kind, f"why {text}") for one in findings[:2]]}
     selection = Selection(
         "removal.csv",
-        REMOVAL.score("removal", "removal.csv"),
+        REMOVAL.scoring("removal"),
         REMOVAL.scores("removal"),
         "removal",
         REMOVAL.filter("removal"),

@@ -95,6 +95,15 @@ def detectors(seeds: Sequence[int] = (0,), poisons: int = 120, attack: str = ATT
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
+def response(text: str = "") -> dict:
+    """ED50s as the page has them."""
+    rows = [
+        ("undefended" + text, "4,120 (3,540–4,790)", "–", "–", "3", "12"),
+        ("slof(k=16)" + text, "≥ 48,000", "≥ 11.7 (95%: ≥ 9.2)", "+0.4 (−0.2 – +1.0)", "3", "12"),
+    ]
+    return {"attack": ATTACK + text, "measure": "asr_text", "rows": rows}
+
+
 def histograms() -> list[Histogram]:
     rng = np.random.default_rng(0)
     clean = rng.gamma(8, 0.06, 11_880) + 0.8

@@ -2,20 +2,31 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import audit_data as data
 import axe
 import numpy as np
+import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from playwright.sync_api import expect
 from report_page import open_page
 
 from filters._batch import Batch
+from filters.listed import List, unwanted
 from pipeline import spec
+from pipeline.audit_columns import Source
+from pipeline.audit_report import _removable, write_report
+from pipeline.audits._audit import About, Found
 from pipeline.errors import InputError
+from pipeline.inputs import Inputs
+from pipeline.report.audit import render_audit
 
 HOSTILE = (
-    "<script>window.ran = 1; fetch('//evil.invalid/a')</script></script>"
+    "%zz%20<script>window.ran = 1; fetch('//evil.invalid/a')</script></script>"
     "<img src=x onerror='window.ran = 2'>\"><svg onload=window.ran=3>'</title></style>]]>"
     "{{ 7 * 7 }} <meta http-equiv=refresh content='0;url=//evil.invalid'>\u202e\u0000"
 )
@@ -101,11 +112,11 @@ def test_why_a_pair_is_there(page):
     for text in (BACKDOORS, TAIL, "slof(k=16)", "a boat", "a ripe banana", "changed", data.uid(1), "640 × 480"):
         assert text in panel
     assert "above" not in panel
-    assert tile.locator(".alike img").count() == 4, "the first of its group has no picture and stays a name"
+    expect(tile.locator(".alike img")).to_have_count(4)  # the first of its group has no picture and stays a name
     suspect = page.locator(f"#{TAIL} .tile").nth(11)
     suspect.locator("summary").click()
     assert "above the fence of 9.5" in suspect.inner_text()
-    page.goto(f"{page.url.partition('#')[0]}#{BACKDOORS}:00000000:{data.uid(29)}")
+    page.goto(f"{page.url.partition('#')[0]}#{BACKDOORS}-tile-30")
     assert page.locator(f"#{BACKDOORS} .tile").nth(29).is_visible(), "a link opens the page that its pair is on"
 
 
@@ -157,18 +168,52 @@ def test_a_list_too_long_for_the_page_is_read_from_its_file(page):
         page.locator(f".contents [data-pick={name}]").check()
     assert f"read from their files by the command: {MANY}." in page.locator("#apart").inner_text()
     command = page.locator("#made code").inner_text()
-    *scored, filtering = [arguments(part) for part in command.split("&&")]
-    assert [one["--detector"][0] for _, one in scored] == [
-        f"listed(file='/data/audited/findings/{MANY}.parquet', keep=1)",
-        "listed(file='removal.csv')",
-    ]
-    assert filtering[1]["--scores"] == [words[3] for words, _ in scored]
-    policy = spec.parse("policies", filtering[1]["--policy"][0])
-    assert policy.detectors == (f"{MANY}:listed", "removal:listed")
+    (scored, scoring), (_, filtering) = map(arguments, command.split("&&"))
+    detector = f"listed(file=('removal.csv', '/data/audited/findings/{MANY}.parquet'), keep=(0, 1))"
+    assert scoring["--detector"] == [detector] and spec.parse("detectors", detector).keeps == (0, 1)
+    assert filtering["--scores"] == [scored[3]]
+    assert spec.parse("policies", filtering["--policy"][0]).detectors == ("removal:listed",)
     page.locator(f".contents [data-pick={BACKDOORS}]").uncheck()
     assert not page.locator("#download").is_visible()
     page.locator(f".contents [data-pick={MANY}]").uncheck()
     assert not page.locator("#selected").is_visible()
+
+
+@given(st.lists(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), max_size=3), min_size=1, max_size=3))
+def test_of_every_group_of_every_list_one_stays(lists):
+    called = [
+        List([data.uid(i) for g in groups for i in g], [str(n) for n, g in enumerate(groups) for _ in g], 1)
+        for groups in lists
+    ]
+    gone = unwanted(called)
+    assert all({*map(data.uid, group)} - gone for groups in lists for group in groups)
+    forced = List([data.uid(0)], [], 0)
+    also = unwanted([*called, forced])
+    assert data.uid(0) in also
+    assert all({*map(data.uid, group)} - also for groups in lists for group in groups if group != {0})
+
+
+def test_lists_that_overlap_leave_one_of_every_group_and_the_page_decides_as_the_detector_does(browser, tmp_path):
+    """A flood {0, a} that leaves 0 and copies {a, b} that leave a would, one after the other, take a and b."""
+    first, a, b = sorted(map(data.uid, range(3)))
+    members = {"natural_backdoors-near_identical": [(first, a)], "duplicates-near": [(a, b)]}
+    rng = np.random.default_rng(0)
+    more = [[tuple(map(data.uid, rng.choice(40, 3, replace=False))) for _ in range(9)] for _ in members]
+    parts, lists = data.parts(), {}
+    for (name, groups), extra in zip(members.items(), more, strict=True):
+        frame = [(uid, str(n)) for n, group in enumerate([*groups, *extra]) for uid in group]
+        told = _removable(pl.DataFrame(frame, ["uid", "group"], orient="row"), 1, f"/{name}.parquet", 1_000)
+        parts["members"][name] = replace(parts["members"][name], **told)
+        lists[name] = List(*zip(*frame, strict=True), 1)
+    lists[TAIL] = List([data.uid(i) for i in range(25, 55)], [], 0)
+    page, *_ = open_page(browser, render_audit(**parts), tmp_path, accept_downloads=True, bypass_csp=False)
+    for picked in (MANY, BACKDOORS, TAIL):
+        page.locator(f".contents [data-pick={picked}]").check()
+        chosen = {line.partition(",")[0] for line in downloaded(page, tmp_path).read_text().splitlines()[1:]}
+        so_far = [lists[name] for name in (MANY, BACKDOORS, TAIL)[: (MANY, BACKDOORS, TAIL).index(picked) + 1]]
+        assert chosen == set(unwanted(so_far))
+        if picked == BACKDOORS:
+            assert all({*group} - chosen for name in members for group in [*members[name], *more[0], *more[1]])
 
 
 @pytest.mark.parametrize(
@@ -203,12 +248,13 @@ def test_hostile_text_stays_text(browser, tmp_path, policy):
     page, asked, said = open_page(browser, data.page(HOSTILE), tmp_path, bypass_csp=not policy)
     for details in page.locator(".tile:visible summary").all()[:2]:
         details.click()
+    expect(page.locator(f"#{BACKDOORS} .tile").nth(1).locator(".alike img")).to_have_count(4)
     page.locator("#table-2 > summary").click()
     page.locator(f"{FLOODS} thead button").first.click()
     page.locator(".contents [data-pick]").first.check()
     assert page.evaluate("window.ran") is None
     assert not asked and not said
-    assert "<script>window.ran = 1" in page.locator(".gallery .caption").first.text_content()
+    assert "%zz%20<script>window.ran = 1" in page.locator(".gallery .caption").first.text_content()
     assert page.evaluate("[...document.scripts].filter(s => s.type != 'application/json').length") == 1
     assert "\u202e" not in page.content()
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
@@ -257,6 +303,16 @@ def test_paper_shows_what_can_be_read_and_no_buttons(page):
     assert page.locator(f"#{BACKDOORS} .command").is_visible()
     assert len(page.pdf()) > 10_000
     page.emulate_media(media="screen")
+
+
+def test_a_gallery_shows_all_pairs_that_were_chosen_for_it(tmp_path):
+    """Groups of 1000, 2 and 2: sixteen of the first, and the others whole."""
+    rows = [(data.uid(i), "0", group, "caption", "why") for i, group in enumerate("a" * 1000 + "bbcc")]
+    members = pl.DataFrame(rows, ["uid", "shard", "group", "caption", "reason"], orient="row")
+    found = {MANY: Found("near", "warning", "", 1004, 2000, "", "", members, keep=1)}
+    source = Source(str(tmp_path), Inputs("", "", "", "key"), (), False)
+    write_report(data.parts()["audited"], found, [], About({}, {}, {}, [], {}, True), source, False, None)
+    assert (tmp_path / "report.html").read_text().count('<li class="tile"') == 20
 
 
 def test_same_audit_same_bytes():

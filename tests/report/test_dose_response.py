@@ -1,11 +1,13 @@
 """Tables and figures of dose–response, and the comparison of two results, from results.parquet alone."""
 
 import json
+import re
 
 import polars as pl
 import pytest
 import results_data as data
 
+from pipeline import results
 from pipeline.compare import compare
 from pipeline.dose_response import dose_response
 from pipeline.errors import InputError
@@ -31,7 +33,8 @@ def test_the_table_finds_what_the_curves_were_made_with(made):
     assert roclip["protection"] is None and roclip["protection_least"] == pytest.approx(5, rel=0.3)
     assert none["ed50_pairs"] == pytest.approx(none["ed50_ppm"] * data.PAIRS / 1e6)
     assert (
-        roclip["utility_lost_low"] < 2.5 < roclip["utility_lost_high"] and "unpoisoned" in none["utility_lost_against"]
+        roclip["utility_lost_low"] < 2.5 < roclip["utility_lost_high"]
+        and "without poison" in roclip["utility_lost_against"]
     )
     assert score["cpu_seconds_per_million"] == 2295
     assert roclip["training_seconds_per_million"] == pytest.approx(40 / data.PAIRS * 1e6)
@@ -57,7 +60,7 @@ def test_random_removal_at_several_budgets_is_told_apart(tmp_path):
     dose_response((file,), str(tmp_path / "out"))
     said = (tmp_path / "out/dose_response.md").read_text()
     assert "| random, 10% removed |" in said and "| random, 50% removed |" in said
-    assert "1 seed: the interval is over images" in said and "undefended at the same dose" in said
+    assert "1 seed: the interval is over images" in said and "undefended at the same doses" in said
 
 
 def test_nothing_poisoned_all_poisoned_and_nobody_asked(tmp_path):
@@ -73,10 +76,51 @@ def test_nothing_poisoned_all_poisoned_and_nobody_asked(tmp_path):
     assert "success was asked of no image" in (tmp_path / "one/dose_response.md").read_text()
 
 
+def test_utility_lost_is_not_the_price_of_the_doses_that_a_search_happened_to_ask_for(tmp_path):
+    """Poison costs accuracy: 1 point at 59 poisons, 20 at 1180. The arm, asked at 1180 alone, loses 2 at any dose."""
+    priced = [
+        row | data.measured("zeroshot_top1", round(1867 * (0.5 - row["dose"] * 0.2 / 1180 - 0.02 * lost)), 1867)
+        for row in data.rows(arms=[FEW[0], FEW[1]], doses=(0, 59, 1180))
+        for lost in [row["arm"] != "undefended"]
+        if not lost or row["dose"] != 59
+    ]
+    for name, rows in {"with": priced, "not": [r for r in priced if r["dose"] or r["arm"] == "undefended"]}.items():
+        dose_response((data.write(tmp_path / f"{name}.parquet", rows),), str(tmp_path / name))
+        found = pl.read_parquet(tmp_path / name / "dose_response.parquet").filter(label="clip_score").to_dicts()[0]
+        assert found["utility_lost_points"] == pytest.approx(2, abs=0.1)
+
+
 def test_an_attack_that_never_works_credits_nobody(tmp_path):
     dose_response((data.write(tmp_path / "r.parquet", data.rows({data.PATCH: 1e9}, arms=FEW)),), str(tmp_path / "out"))
     said = (tmp_path / "out/dose_response.md").read_text()
     assert "nobody is credited" in said and said.count("not to be told") == 2
+
+
+def test_an_arm_without_some_of_the_seeds_has_no_factor_and_few_seeds_are_told_of_each_arm(tmp_path):
+    rows = data.rows(arms=FEW)
+    lacking = [row for row in rows if row["arm"] != "clip_score" or row["seed"] == 0]
+    dose_response((data.write(tmp_path / "r.parquet", lacking),), str(tmp_path / "out"))
+    found = pl.read_parquet(tmp_path / "out/dose_response.parquet").filter(label="clip_score").to_dicts()[0]
+    assert found["ed50"] == "reached" and found["protection"] is found["protection_least"] is None
+    said = (tmp_path / "out/dose_response.md").read_text()
+    assert "clip_score has seeds 0, undefended 0, 1, 2: no protection factor" in said
+    assert "1 seed of clip_score: the interval is over images" in said and said.count("seeds 0") == 1
+
+
+def test_one_detector_with_two_parameters_is_two_arms_and_earlier_code_is_of_the_only_one(tmp_path):
+    rows = data.rows(arms=FEW[:2], seeds=(0,), doses=(118, 354))
+    sixteen, sixtyfour = (
+        [row | {"detectors": f"scores-004:clip_score(k={k})"} for row in rows if row["arm"] == "clip_score"]
+        for k in (16, 64)
+    )
+    both = results.labels([*rows[:2], *sixteen, *sixtyfour])
+    assert [*both.values()][1:] == [f"clip_score, scores-004:clip_score(k={k})" for k in (16, 64)]
+    files = [data.write(tmp_path / "a.parquet", rows), data.write(tmp_path / "b.parquet", sixteen)]
+    assert dose_response(tuple(files), str(tmp_path / "one")) == 0
+    assert pl.read_parquet(tmp_path / "one/dose_response.parquet")["label"].to_list() == ["undefended", "clip_score"]
+    files[1] = data.write(tmp_path / "c.parquet", [*sixteen, *sixtyfour])
+    assert dose_response(tuple(files[1:]), str(tmp_path / "two")) == 0
+    assert len(pl.read_parquet(tmp_path / "two/dose_response.parquet")) == 2
 
 
 def test_bad_results_are_told_in_one_line(tmp_path):
@@ -88,13 +132,18 @@ def test_bad_results_are_told_in_one_line(tmp_path):
     (tmp_path / "text.parquet").write_text("not parquet")
     other = data.write(tmp_path / "other.parquet", [row | {"asr_text": 0.5} for row in rows])
     recipe = data.write(tmp_path / "recipe.parquet", [row | {"recipe_digest": "s", "seed": 7} for row in rows])
+    sets = [
+        data.write(tmp_path / f"{n}.parquet", [row | {"dataset_digest": n, "evaluation_digest": n} for row in rows])
+        for n in "xy"
+    ]
     for files, told in {
         ("/nowhere",): "no such file",
         (lacking,): "no column dose_ppm",
         (str(empty),): "no rows",
         (str(tmp_path / "text.parquet"),): "not readable",
         (whole, other): "other figures",
-        (whole, recipe): "2 recipes",
+        (whole, recipe): "several recipes",
+        (sets[0], sets[1], whole): "several datasets and evaluations",
     }.items():
         with pytest.raises(InputError, match=told):
             dose_response(files, str(tmp_path / "out"))
@@ -102,6 +151,53 @@ def test_bad_results_are_told_in_one_line(tmp_path):
     assert dose_response((whole, whole, mixed), str(tmp_path / "out")) == 0  # the same run twice is one
     said = (tmp_path / "out/dose_response.md").read_text()
     assert "mixed code versions" in said and "code d: 1 rows" in said
+
+
+def test_compare_is_of_the_seeds_that_both_have_and_of_shares_of_poison(tmp_path, capsys):
+    rows = data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))
+    other = [row | {"seed": 1} | data.measured("asr_text", 1867, 1867) for row in rows]
+    few = [row | data.measured("asr_text", 10, 10) for row in rows]
+    twice = [row | {"dose": 2 * row["dose"]} for row in few]  # of twice as many pairs
+    compare(data.write(tmp_path / "a.parquet", [*few, *other]), data.write(tmp_path / "b.parquet", twice))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "| 9,999 | undefended |" in line)
+    assert "100.0% → 100.0% | +0.0 (-27.8 – +27.8)" in line and line.endswith("| 1 |")
+
+
+HOSTILE = "\x1b]0;x\x07 | `x` <img src=x> @everyone \u202e"
+
+
+def test_what_results_are_called_reaches_a_terminal_as_text(tmp_path, capsys):
+    names = ("attack", "arm", "recipe", "code", "recipe_digest", "dataset_digest", "detectors")
+    rows = [row | dict.fromkeys(names, HOSTILE) for row in data.rows(arms=FEW[1:2], seeds=(0,), doses=(118, 354))]
+    file = data.write(tmp_path / "r.parquet", [*rows, *data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))])
+    other = data.write(tmp_path / "o.parquet", [rows[0] | {"asr_text": 0.5}])
+    only = data.write(tmp_path / "p.parquet", rows)
+    assert dose_response((only,), str(tmp_path / "out")) == 0 and compare(file, only) == 0
+    with pytest.raises(InputError) as refused:
+        dose_response((only, other), str(tmp_path / "out"))
+    for said in (capsys.readouterr().out, str(refused.value)):
+        assert "\x1b" not in said and "\u202e" not in said
+        assert not re.sub(r"`[^`\n]*`", "", said).count("@") and not re.sub(r"`[^`\n]*`", "", said).count("<img")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"attack": 3}, "attack must be text"),
+        ({"asr_text": "0.5"}, "asr_text must be numbers"),
+        ({"asr_text": float("nan")}, "asr_text must be rates"),
+        ({"asr_text": 1.5}, "asr_text must be rates"),
+        ({"asr_text_n": -1}, "asr_text_n must be finite, and 0 or more"),
+        ({"asr_text_n": 0.5}, "asr_text_n must be whole numbers"),
+        ({"zeroshot_top1_n": "7"}, "zeroshot_top1_n must be whole numbers"),
+        ({"dose_ppm": float("inf")}, "dose_ppm must be finite"),
+        ({"seed": None}, "in every row"),
+    ],
+)
+def test_results_of_other_types_are_refused_in_one_line(tmp_path, changed, told):
+    rows = [row | changed for row in data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))]
+    with pytest.raises(InputError, match=told):
+        results.read(data.write(tmp_path / "r.parquet", rows))
 
 
 def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):
@@ -114,11 +210,16 @@ def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):
     files = [data.write(tmp_path / name, rows) for name, rows in (("a.parquet", before), ("b.parquet", after))]
     assert compare(*files) == 0
     said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if "| 354 | clip_score |" in line)
+    line = next(line for line in said.splitlines() if "| 29,997 | clip_score |" in line)
     was = sum(row["asr_text"] for row in before if row["arm"] == "clip_score" and row["dose"] == 354) / 3
     assert f"{was:.1%} → 0.0%" in line and f"{-100 * was:+.1f} (" in line
-    assert "| 354 | undefended | " in said and "+0.0 (" in said
-    assert f"- only in A: `{data.PATCH}`, 354 poisons, roclip" in said and "code later" in said and "mixed" not in said
+    assert "| 29,997 | undefended | " in said and "+0.0 (" in said
+    assert f"- only in A: `{data.PATCH}`, 29,997 ppm, roclip" in said and "code later" in said and "mixed" not in said
+    other = data.write(tmp_path / "c.parquet", [row | {"dataset_digest": "y"} for row in before])
+    mine = data.write(tmp_path / "d.parquet", [row | {"dataset_digest": "x"} for row in before])
+    assert compare(mine, other) == 0
+    said = capsys.readouterr().out
+    assert "not of the same datasets" in said and "data x" in said and "data y" in said
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="nothing to compare"):
         compare(files[0], str(tmp_path / "nothing"))

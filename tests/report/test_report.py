@@ -40,6 +40,8 @@ def report(**changes) -> str:
         "galleries": data.galleries(),
         "verdict": data.VERDICT,
         "command": data.COMMAND,
+        "responses": [data.response()],
+        "notes": ["1 seed: the interval is over images, not trainings."],
     }
     return render(**(given | changes))
 
@@ -53,7 +55,7 @@ def hostile_report() -> str:
     histograms = [replace(h, detector=mark, when=mark) for h in data.histograms()]
     return report(
         title=mark, verdict=mark, command=mark, facts={mark: mark}, arms=arms, detectors=detectors,
-        histograms=histograms, galleries={mark: tiles},
+        histograms=histograms, galleries={mark: tiles}, responses=[data.response(mark)], notes=[mark],
     )  # fmt: skip
 
 
@@ -209,7 +211,14 @@ def test_nulls_and_empty_tables():
     assert "undefended" in report(arms=nulls, histograms=[], galleries={})
     nans = data.arms().with_columns(asr_text=pl.lit(float("nan")), zeroshot_top1=pl.lit(None, pl.Float64))
     assert ">nan" not in report(arms=nans).lower()
-    empty = report(arms=data.arms().head(0), detectors=pl.DataFrame(), histograms=[], galleries={"None": []}, facts={})
+    empty = report(
+        arms=data.arms().head(0),
+        detectors=pl.DataFrame(),
+        histograms=[],
+        galleries={"None": []},
+        facts={},
+        responses=[],
+    )
     assert "No samples." in empty and "<table" not in empty
     print_tables(nulls, pl.DataFrame(), Console(file=io.StringIO()))
 
