@@ -20,7 +20,7 @@ from pipeline.shards import UidRule
 from pipeline.shards.store import exists, join, make_folder, write
 from train.labelled import LabelledSet, labelled_set, of_shards
 from train.labels import Labels, key, read_classes
-from train.look import Seen, look, pictures
+from train.look import Seen, finite, look, pictures
 from train.metrics import Rate, Score, rank_of, rate, retrieval_ranks, top1, unit
 from train.readouts import ReadoutName, readout
 from train.results import benchmark_tasks, columns, model_names, print_table, slug, write_rows
@@ -183,7 +183,7 @@ def _tuned(task: LabelledSet, model: Any, seed: int) -> Any:
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
     """float32 [classes, d]: mean of the unit features of the prompts (Radford et al. 2021, section 3.1.4)."""
-    prompted = [unit(model.embed_texts([p.format(n) for n in names])) for p in prompts]
+    prompted = [unit(finite(model.embed_texts([p.format(n) for n in names]))) for p in prompts]
     return np.stack(prompted).mean(axis=0, dtype=np.float32)
 
 
@@ -193,7 +193,8 @@ def measure(seen: Seen, ranks: Mapping[str, np.ndarray], model: Any, captioned: 
     rates["zeroshot_top5"] = rate(ranks["zeroshot"] < 5)
     if captioned:
         unique, caption = np.unique(np.array(seen.captions, dtype=object), return_inverse=True)
-        of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
+        captions = unit(finite(model.embed_texts(unique.tolist())))
+        of_image, of_text = retrieval_ranks(seen.image, captions, caption)
         for k in (1, 5, 10):
             rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
     return rates
