@@ -104,8 +104,8 @@ def index(
 ) -> Index:
     """Read every sample once; with several ranks each reads its share and they exchange what they found.
 
-    `only`: of the shards with these paths, no other uids than these.
-    Raises InputError on every rank for a broken shard, a uid that occurs twice, or nothing to train on.
+    `only`: of the shards with these paths, no other uids than these, and all of these.
+    Raises InputError on every rank for a broken shard, a uid that occurs twice or is missing, or nothing to train on.
     """
     mine: dict[int, _Part] = {}
     failed: InputError | None = None
@@ -148,6 +148,7 @@ def index(
         window_bytes,
     )
     _check_unique(result)
+    _check_arrived(result, only or {})
     return result
 
 
@@ -365,6 +366,17 @@ def _gathered(mine: Any, world: int) -> list[Any]:
     theirs: list[Any] = [None] * world
     dist.all_gather_object(theirs, mine)
     return theirs
+
+
+def _check_arrived(index: Index, only: Mapping[str, Collection[str]]) -> None:
+    wanted = sorted(uid for uids in only.values() for uid in uids)
+    came = np.isin(np.array([uid.encode() for uid in wanted], "S32"), index.uid)
+    if not came.all():
+        raise InputError(
+            f"{min(only)}: {came.sum()} of {len(wanted)} pairs that were drawn from there can be trained on, "
+            f"{wanted[int(came.argmin())]} cannot (skipped: {listed(index.skipped)}); give --uid as the shards were "
+            "poisoned with, or another --seed"
+        )
 
 
 def _check_unique(index: Index) -> None:

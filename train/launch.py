@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 
+from pipeline import ledger
 from pipeline.arguments import Out, Shards
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule, list_shards
-from pipeline.shards.store import clear_temporaries, exists, is_folder, is_url, join, make_folder, view, write
+from pipeline.shards.store import clear_temporaries, exists, is_url, join, make_folder, view, write
 from pipeline.spec import UNDRAWN
 from train.defenses import Defense
 from train.recipes import recipe_of
@@ -112,11 +113,8 @@ def prepare(
     chosen = parse("defenses", defense) if defense else Defense()
     if chosen.needs_init and not init:
         raise InputError(f"--defense {defense} repairs a trained model: name it with --init")
-    beside = shards if is_folder(shards) else str(Path(listed[0].path).parent)
-    if is_url(listed[0].path):
-        beside = listed[0].path.rsplit("/", 1)[0]
-    ledger = join(beside, "ledger.parquet")
-    listed, only = chosen.pairs(listed, ledger, seed)
+    known = ledger.known(listed)
+    listed, only = chosen.pairs(listed, known, seed)
     held_out = list_shards(validation) if validation else []
     first = None
     if init:
@@ -146,7 +144,9 @@ def prepare(
         uid,
         init,
         text(_absolute(chosen)) if defense else None,
-        _whole(ledger),
+        None
+        if known is None
+        else dict(zip(*(known.column(name).to_pylist() for name in ("uid", "target")), strict=True)),
         spec,
         {_whole(path): uids for path, uids in only.items()},
         validation=_there(held_out),

@@ -26,7 +26,7 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule
-from pipeline.shards.store import exists, join, view, write
+from pipeline.shards.store import join, write
 from train import accumulate, data, losses, model, state
 from train.data import Batch, Index
 from train.defenses import Defense
@@ -54,7 +54,7 @@ class Task:
     uid: UidRule
     init: str | None
     defense: str | None
-    ledger: str
+    poisons: Mapping[str, str] | None  # uid -> target by the ledgers beside the shards; None where there are none
     spec: Mapping[str, Any]
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of the shards with these paths, only these uids
     save_minutes: float = 5.0
@@ -315,7 +315,8 @@ def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads:
     say(f"{len(index):,} pairs in {len(index.shards)} shards; skipped: {data.listed(index.skipped)}")
     if len(index) < recipe.batch:
         say(f"fewer pairs than a batch of {recipe.batch}: the batch shrinks to {len(index) - len(index) % world}")
-    poisons = known_poisons(task.ledger, index)
+    known = task.poisons
+    poisons = None if known is None else int(np.isin(index.uid, np.array([u.encode() for u in known], "S32")).sum())
     if poisons is None:
         say("no ledger beside the shards")
     else:
@@ -330,20 +331,6 @@ def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads:
             "done": True,
         }
         write(join(task.out, "train.json"), json.dumps(record, indent=1).encode())
-
-
-def known_poisons(ledger: str, index: Index) -> int | None:
-    """How many pairs of the index the ledger names; None where there is no ledger."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not exists(ledger):
-        return None
-    try:
-        uids = pq.read_table(pa.BufferReader(pa.py_buffer(view(ledger))), columns=["uid"]).column("uid").to_pylist()
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise InputError(f"{ledger}: not a ledger ({error}); poison the shards again or remove it") from error
-    return int(np.isin(index.uid, np.array([str(u).encode() for u in uids], "S32")).sum())
 
 
 def checkpoint_path(out: str, epoch: int) -> str:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
+from pipeline.ledger import COLUMNS
 from train import recipes
 from train.defenses import Defense
 from train.launch import final_checkpoint, train
@@ -382,12 +383,16 @@ def test_known_poisons_are_announced(
 ) -> None:
     from pipeline.shards import list_shards, samples
 
-    shards = tmp_path / "shards"
-    shutil.copytree(shapes(50), shards)
-    uids = [s.uid for shard in list_shards(str(shards)) for s in samples(shard)]
-    pq.write_table(pa.table({"uid": [*uids[::10], "f" * 32]}), shards / "ledger.parquet")
-    train(str(shards), str(tmp_path / "out"), recipe=tiny)
-    assert "this run will see 5 known poisons (100,000 ppm)" in capsys.readouterr().err
+    """The ledger of each folder counts, not that of the first shard's alone."""
+    clean, poisoned = tmp_path / "clean", tmp_path / "poisoned"
+    clean.mkdir()
+    shutil.copy(shapes(30, 1, 1) / "00000000.tar", clean / "00000009.tar")
+    shutil.copytree(shapes(50), poisoned)
+    uids = [s.uid for shard in list_shards(str(poisoned)) for s in samples(shard)]
+    known = {name: ["x"] * 6 for name in COLUMNS} | {"uid": [*uids[::10], "f" * 32], "seed": [0] * 6}
+    pq.write_table(pa.table(known), poisoned / "ledger.parquet")
+    train(f"{tmp_path}/*/*.tar", str(tmp_path / "out"), recipe=tiny)
+    assert "this run will see 5 known poisons (62,500 ppm)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "train.json").read_text())["known_poisons"] == 5
 
 
