@@ -352,6 +352,34 @@ def test_anti_poison_sampling_scores_as_the_filter_does(poisoned: Path, tiny: st
     assert np.isfinite(found).all() and found.std() > 0
 
 
+def test_abl_unlearns_what_it_isolated(poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own rate: the loss of the isolated rises in the last phase, and that of the others much less."""
+    from train.defenses._scoring import encoded
+    from train.defenses.abl import abl
+    from train.trainer import Trainer
+
+    losses: list[np.ndarray] = []
+    isolated = np.zeros(64, bool)
+
+    def told(self: abl, trainer: Trainer) -> None:
+        ordinary(self, trainer)
+        image, text = torch.empty(64, 16), torch.empty(64, 16)
+        for rows, x, y in encoded(trainer):
+            image[rows], text[rows] = x, y
+        logits = trainer.towers.clip.logit_scale.detach().exp() * image @ text.T
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.arange(64), reduction="none").numpy())
+        isolated[:] = self.memory["isolated"].numpy()
+
+    ordinary = abl.epoch_end
+    monkeypatch.setattr(abl, "epoch_end", told)
+    monkeypatch.setitem(recipes.RECIPES, "longer", dataclasses.replace(_twin(), epochs=12, lr=2e-3))
+    train(str(poisoned), str(tmp_path / "out"), recipe="longer", defense="abl(isolate=0.125)")
+    rise = losses[-1] - losses[-2]
+    steps = pq.read_table(tmp_path / "out" / "curve.parquet").column("epoch").to_pylist()
+    assert isolated.sum() == 8 and steps.count(12) == 4
+    assert rise[isolated].mean() > 0.1 > 5 * rise[~isolated].mean()  # 0.09 with the state of the descent
+
+
 def test_skipped_pairs_are_skipped(poisoned: Path, tiny: str, tmp_path: Path) -> None:
     train(str(poisoned), str(tmp_path / "out"), recipe=tiny, defense="anti_poison_sampling(skip=0.25, k=4)")
     rows = [pq.read_table(file).num_rows for file in sorted((tmp_path / "out" / "traces").iterdir())]
