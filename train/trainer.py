@@ -105,7 +105,7 @@ class Trainer:
         self.seen = Seen()
         self.curve: dict[str, list[float]] = {name: [] for name in CURVE}
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
-        self.steps = len(data.cuts(len(self.index), self.recipe.batch, world)) - 1
+        self.steps = len(self._edges(None)) - 1
         self._clock = (time.perf_counter(), time.process_time())
         self._saved = time.monotonic()
 
@@ -143,7 +143,7 @@ class Trainer:
         total = self.steps * recipe.epochs
         self.ddp.train()
         chosen = self.defense.chosen(epoch)
-        steps = self.steps if chosen is None else len(data.cuts(int(chosen.sum()), recipe.batch, self.world)) - 1
+        steps = len(self._edges(chosen)) - 1
         batches = data.batches(
             self.index, recipe, self.task.seed, epoch, self.rank, self.world, chosen=chosen, first=self.step
         )
@@ -160,6 +160,11 @@ class Trainer:
             progress.advance(row[0], epoch, mean, lr, batch.total, last=self.step == steps)
             if due and self.step < steps:
                 self._save()
+
+    def _edges(self, chosen: np.ndarray | None) -> np.ndarray:
+        """Where an epoch of the `chosen` bool[n], or of all pairs, is cut into global batches."""
+        n = len(self.index) if chosen is None else int(chosen.sum())
+        return data.cuts(n, self.recipe.batch, self.world)
 
     def _train_step(self, batch: Batch, own: Batch) -> tuple[float, bool]:
         """One step on a batch as the defense made it of its `own`: the mean loss, and whether a state is due."""
@@ -239,7 +244,12 @@ class Trainer:
         return Towers(clip, used).to(self.device).to(memory_format=torch.channels_last)
 
     def _resume(self) -> None:
-        state.restore(self)
+        trained = state.restore(self)
+        if self.step and not np.array_equal(self._edges(self.defense.chosen(self.epoch + 1))[: self.step + 1], trained):
+            raise InputError(
+                f"{self.task.out}: was stopped within epoch {self.epoch + 1}, whose batches another number of workers "
+                f"cuts elsewhere than {self.world}; go on with as many workers as before"
+            )
         if self.rank == 0:  # what an interrupted epoch, perhaps with more workers, has left
             for trace in Path(self.task.out, "traces").glob("epoch_*.parquet"):
                 if int(trace.name[6:9]) > self.epoch:

@@ -465,8 +465,13 @@ def test_one_worker_goes_on_where_two_were_stopped(shapes: Callable[..., Path], 
     blank = {"model": trainer.towers.clip.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     rest = {"epoch": 0, "step": 1, "curve": trainer.curve, "spent": trainer.spent, "memory": {}}
     torch.save(blank | rest | {"seen": both}, tmp_path / "out" / "state.pt")
-    restore(trainer)
+    assert restore(trainer).tolist() == [0, 16]
     assert trainer.step == 1 and trainer.seen.joined()["row"].tolist() == list(range(16))
+    trainer._resume()
+    both[1] = {name: values[:7] for name, values in both[1].items()}  # another count's cuts
+    torch.save(blank | rest | {"seen": both}, tmp_path / "out" / "state.pt")
+    with pytest.raises(InputError, match="go on with as many workers as before"):
+        trainer._resume()
 
 
 @pytest.mark.parametrize(
