@@ -363,7 +363,7 @@ def _every_image(mine: dict[int, np.ndarray], counts: Sequence[int], size: int, 
     """uint8 [n, size, size, 3] of all shards; each rank has its own, and gives them up. One shard at a time is sent."""
     out = np.empty((sum(counts), size, size, 3), np.uint8)
     for number, (start, end) in enumerate(pairwise(np.cumsum([0, *counts]))):
-        sent = [mine.pop(number, None)]
+        sent: list[Any] = [mine.pop(number, None)]
         if world > 1:
             dist.broadcast_object_list(sent, src=number % world)
         out[start:end] = sent[0]

@@ -95,5 +95,5 @@ def restore(trainer: "Trainer") -> np.ndarray:
         raise InputError(
             f"{file}: cannot resume from it ({type(error).__name__}); remove the folder and start again"
         ) from error
-    sizes = np.unique(np.concatenate(steps), return_counts=True)[1] if steps else []
+    sizes = np.unique(np.concatenate(steps), return_counts=True)[1] if steps else np.zeros(0, np.int64)
     return np.cumsum([0, *sizes])
