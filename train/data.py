@@ -6,9 +6,9 @@ fit `WINDOW_BYTES`; then the order is a shuffle of everything. Beyond that, shar
 window of shards that fits; each epoch decodes again, in threads that hide behind the steps. What grows with the data
 set is the index: 32 bytes of uid and 4 per token of context for each pair.
 
-Every rank derives the same global order and takes its slice of each global batch. Pairs that two data sets share come
-in the same relative order in both, so a run on filtered shards differs from the other by the filter and not by the luck
-of the draw.
+Every rank derives the same global order and takes its slice of each global batch. While all pixels fit, pairs that two
+data sets share come in the same relative order in both, so a run on filtered shards differs from the other by the
+filter and not by the luck of the draw. Beyond, the filter also moves the edges of the windows.
 """
 
 import hashlib

@@ -114,10 +114,10 @@ def _evaluated(
 ) -> Evaluated:
     from train.data import listed
 
-    def looked(model: Any) -> Seen:
+    def seen_by(model: Any) -> Seen:
         return look(model, task.test(), task.captioned, attack, seed, corpora)
 
-    seen = looked(model)
+    seen = seen_by(model)
     if not seen.captions:
         raise InputError(f"{task.name}: no usable image; skipped: {listed(seen.skipped)}")
     known, prompts = Labels(task.classes), model.prompts or PROMPTS
@@ -130,8 +130,8 @@ def _evaluated(
     near = _near(model, task) if task.train and readouts else None
     answers: dict[str, Answers] = {}
     for name in dict.fromkeys(readouts) if near else ():
-        if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
-            answers[name] = _answers(lambda logits: logits, looked(_tuned(task, model, seed)))
+        if name == "finetune":  # the same images are seen_by at again, with the tower that was fine-tuned
+            answers[name] = _answers(lambda logits: logits, seen_by(_tuned(task, model, seed)))
         elif near:
             fitted = readout(name).fit(*near, len(task.classes))
             answers[name] = _answers(fitted.scores, seen, getattr(fitted, "strength", None))

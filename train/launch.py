@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -74,7 +74,7 @@ def train(
         raise InputError(f"--workers {workers}: at least one has to work")
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     first = not under_torchrun or os.environ["RANK"] == "0"
-    with locked(out) if first else _nothing():
+    with locked(out) if first else nullcontext():
         if finished(task):
             if first:
                 console.print(f"{out}: this training is done already; its checkpoint is {final_checkpoint(out)}")
@@ -103,7 +103,7 @@ def prepare(
     uid: UidRule,
     validation: str | None = None,
 ) -> "Task":
-    """Check the arguments; an InputError here costs no time on a cluster."""
+    """Check the arguments, before a cluster is asked for; every byte of the shards is read once, for their digest."""
     from pipeline.spec import parse, text
 
     frozen = recipe_of(recipe)
@@ -202,11 +202,6 @@ def locked(out: str) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{out}: another run is writing here; wait for it or choose another folder") from error
         yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _claim(task: "Task") -> None:

@@ -342,14 +342,18 @@ def test_anti_poison_sampling_scores_as_the_filter_does(poisoned: Path, tiny: st
     for rows, x, y in encoded(trainer):
         image[rows], text[rows] = x.numpy(), y.numpy()
     np.testing.assert_allclose(similarities(trainer), (image * text).sum(1), atol=1e-5)
-    found = defense.disagreement(trainer).numpy()
     everyone = Rows(np.array([u.decode() for u in trainer.index.uid], object), image, text)
     near = np.sort(text @ text.T, axis=1)[:, ::-1]
-    clear = near[:, 5] - near[:, 6] > 1e-3  # which five are nearest is not a matter of rounding
-    if clear.any():
-        expected = caption_neighbours(k=5).score(everyone, everyone)
+    compared = 0
+    for k in range(3, 12):  # copies of a caption tie; some k ends between two captions for some
+        scorer = spec.parse("defenses", f"anti_poison_sampling(k={k})")
+        scorer.begin(trainer)
+        found, expected = scorer.disagreement(trainer).numpy(), caption_neighbours(k=k).score(everyone, everyone)
+        clear = near[:, k] - near[:, k + 1] > 1e-3
         np.testing.assert_allclose(found[clear], expected[clear], atol=1e-4)
-    assert np.isfinite(found).all() and found.std() > 0
+        assert np.isfinite(found).all() and found.std() > 0
+        compared += clear.sum()
+    assert compared > 20
 
 
 def test_abl_unlearns_what_it_isolated(poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
