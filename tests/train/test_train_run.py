@@ -447,6 +447,38 @@ class _Faulty(Trainer):
         return done
 
 
+def _one_of_two(rank: int, shards: str, out: str, port: int) -> None:
+    """One of two gloo processes; leaves what it raised."""
+    import torch.distributed as dist
+
+    from train import launch
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    task = launch.prepare(shards, out, recipe="debug_vit", defense=None, init=None, seed=0, uid="key")
+    trainer = _Faulty(task, Defense(), rank, 2, torch.device("cpu"))
+    trainer.bad = trainer.index.uid[7]
+    with pytest.raises(InputError) as caught:
+        trainer.fit()
+    Path(out, f"raised{rank}").write_text(f"{trainer.bad.decode()} {caught.value}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_of_two_ranks_none_names_a_pair_that_is_fine(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """A ViT, in which a bad pair does not touch the others."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (str(shapes(64, 3)), str(tmp_path), port)
+    torch.multiprocessing.spawn(_one_of_two, arguments, nprocs=2)  # type: ignore[attr-defined]
+    first, second = ((tmp_path / f"raised{rank}").read_text() for rank in (0, 1))
+    assert first == second and "loss is nan at step 0" in first
+    assert (tmp_path / "nan.txt").read_text().split() == [first.split()[0]]
+
+
 @pytest.mark.parametrize("view", [0, 1])
 def test_the_pair_whose_features_are_no_numbers_is_named(
     shapes: Callable[..., Path], tmp_path: Path, tiny: str, view: int
