@@ -1,23 +1,24 @@
 """The table of docs/results/filters.md: every detector at every epoch against every attack, of a `mithridate loop`.
 
-`python -m tests.benchmarks.detectors OUT` after `mithridate loop docs/results/filters.toml OUT`. Recall is pooled over
-the seeds, with Wilson's interval over all their poisons; the order is that of the worst attack.
+`python -m tests.benchmarks.detectors OUT …` after `mithridate loop docs/results/filters.toml OUT`, or one OUT a seed. A
+cell is the mean over the seeds with a 95% interval over seeds and poisons; the order is that of the worst attack.
 """
 
 import sys
+from collections.abc import Sequence
 
 import polars as pl
 
 from pipeline import spec
-from train.metrics import wilson
+from pipeline.bioassay import mean_over_seeds
 
 MEASURES = {"recall_at_10": "recall at 10% removed", "recall_at_1": "recall at 1% removed", "auroc": "AUROC"}
 OTHERS = ("auprc", "fpr_at_95", "fpr_at_100", "precision_at_100ppm", "recall_at_0.1", "recall_at_5")
 
 
-def main(out: str) -> None:
+def main(*outs: str) -> None:
     """Print a table for each measure, and the means of the others."""
-    rows = pl.read_parquet(f"{out}/detectors.parquet")
+    rows = pl.concat([pl.read_parquet(f"{out}/detectors.parquet") for out in outs], how="diagonal")
     for measure, title in MEASURES.items():
         print(f"\n### {title[0].upper()}{title[1:]}\n")
         _table(rows, measure)
@@ -42,11 +43,14 @@ def _table(rows: pl.DataFrame, measure: str) -> None:
 
 
 def _cell(part: pl.DataFrame, measure: str) -> str:
-    mean, low, high = (f(part[measure]) for f in (pl.Series.mean, pl.Series.min, pl.Series.max))
-    if measure != "auroc":  # seeds differ in who is poisoned, so their poisons are pooled
-        n = int(part["poisons"].sum())
-        low, high = wilson(round(float((part[measure] * part["poisons"]).sum())), n)
-    return f"{mean:.2f} ({low:.2f}–{high:.2f})"
+    found = part.select(measure, f"{measure}_low", f"{measure}_high").rows()
+    return "{:.2f} ({:.2f}–{:.2f})".format(*over_seeds(found))
+
+
+def over_seeds(found: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean of shares with a 95% interval, of (value, low, high) of each seed; these are over its poisons alone."""
+    mean, low, high = mean_over_seeds([[(value, ((high - low) / 3.92) ** 2)] for value, low, high in found])
+    return mean, max(low, 0.0), min(high, 1.0)
 
 
 def _short(detector: str) -> str:
@@ -55,4 +59,4 @@ def _short(detector: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -23,7 +23,7 @@ from pipeline.policies._select import column
 from pipeline.runs import Run
 from pipeline.scored import Scored
 from pipeline.shards import list_shards
-from train.metrics import wilson
+from tests.benchmarks.detectors import over_seeds
 
 DROP = 0.1
 RANDOM = "random(seed=0)"
@@ -36,24 +36,22 @@ RULES: dict[str, Callable[[dict[str, Any], str], Rule]] = {
 
 
 def main(config: str, out: str, *calibrations: str) -> None:
-    """Print recall at DROP removed, by attack and rule, pooled over the seeds; and the rules."""
+    """Print recall at DROP removed, by attack and rule, with an interval over seeds and poisons; and the rules."""
     plan = Config.read(config)
     found = [json.loads(Path(folder, "calibration.json").read_text()) for folder in calibrations]
     lines: dict[str, list[str]] = {name: [] for name in RULES}
     worst = dict.fromkeys(RULES, 1.0)
     for attack in plan.attacks:
-        hits, n = dict.fromkeys(RULES, 0), 0
+        rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in RULES}
         for seed, chosen in zip(plan.seeds, found, strict=True):
             table, family = _table(plan, attack, seed, out), spec.innermost(attack)
-            poisons = int((table.family != "").sum())
-            n += poisons
             for name, rule in RULES.items():
                 (rate,) = table.recalls(_named(rule(chosen, family), table), family, (DROP,))
-                hits[name] += round(float(rate.value or 0) * poisons)
-        for name in RULES:
-            low, high = wilson(hits[name], n)
-            worst[name] = min(worst[name], hits[name] / n)
-            lines[name].append(f"{hits[name] / n:.3f} ({low:.2f}–{high:.2f})")
+                rates[name].append((float(rate.value or 0), float(rate.low or 0), float(rate.high or 0)))
+        for name, found_here in rates.items():
+            mean, low, high = over_seeds(found_here)
+            worst[name] = min(worst[name], mean)
+            lines[name].append(f"{mean:.3f} ({low:.2f}–{high:.2f})")
     print(f"| rule | worst | {' | '.join(f'`{attack}`' for attack in plan.attacks)} |")
     print("|---|---|" + "---|" * len(plan.attacks))
     for name, cells in lines.items():
