@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from train.draws import mix
+from train.draws import CROP, CUTOUT, JITTER, NOISE, NOISE_ANGLE, mix
 from train.recipes import Recipe
 
 BLUR = 21 / 224  # width of RoCLIP's Gaussian kernel, as a share of the side
@@ -54,7 +54,7 @@ def augment(images: np.ndarray, recipe: Recipe, keys: np.ndarray) -> np.ndarray:
 
 def crop_and_flip(images: torch.Tensor, keys: np.ndarray, smallest: float = 7 / 8) -> torch.Tensor:
     """A square of a side between `smallest` and 1, anywhere, resized to the whole; half of them mirrored."""
-    u = draws(keys, 11, 4, images.device)
+    u = draws(keys, CROP, 4, images.device)
     side = smallest + (1 - smallest) * u[:, 0]
     shift = (1 - side)[:, None] * (2 * u[:, 1:3] - 1)
     mirror = torch.where(u[:, 3] < 0.5, -1.0, 1.0)
@@ -69,7 +69,7 @@ def jitter_grey_blur(images: torch.Tensor, keys: np.ndarray) -> torch.Tensor:
 
     The blur's sigma is uniform in 0.1 to 2 for 224 pixels, scaled (torchvision's default, which RoCLIP uses).
     """
-    u = draws(keys, 12, 7, images.device)
+    u = draws(keys, JITTER, 7, images.device)
     x = images.float() / 255
     luma, yiq, rgb = (t.to(images.device) for t in (_LUMA, _YIQ, _RGB))
     amount = torch.where(u[:, :1] < 0.8, 1.0, 0.0)
@@ -111,11 +111,12 @@ def noise_and_cutout(images: torch.Tensor, keys: np.ndarray, std: float = 0.02, 
     n, _, height, width = images.shape
     # normal numbers by Box and Muller from two uniform ones a pixel, so that they hang on the key alone
     where = np.arange(3 * height * width, dtype=np.uint64)
-    u, v = (mix(keys[:, None] ^ mix(where, salt)[None], salt).astype(np.float64) / 2.0**64 for salt in (13, 14))
+    salts = (NOISE, NOISE_ANGLE)
+    u, v = (mix(keys[:, None] ^ mix(where, salt)[None], salt).astype(np.float64) / 2.0**64 for salt in salts)
     normal = np.sqrt(-2 * np.log(np.maximum(u, 1e-12))) * np.cos(2 * np.pi * v)
     noise = torch.from_numpy(normal.astype(np.float32)).view(n, 3, height, width).to(images.device)
     x = images.float() + 255 * std * noise
-    corner = draws(keys, 15, 2, images.device) * (1 - side)
+    corner = draws(keys, CUTOUT, 2, images.device) * (1 - side)
     y, z = (torch.arange(size, device=images.device) / size for size in (height, width))
     inside = [(t >= corner[:, i : i + 1]) & (t < corner[:, i : i + 1] + side) for i, t in enumerate((y, z))]
     x = x.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 127.0)

@@ -6,9 +6,9 @@ fit `WINDOW_BYTES`; then the order is a shuffle of everything. Beyond that, shar
 window of shards that fits; each epoch decodes again, in threads that hide behind the steps. What grows with the data
 set is the index: 32 bytes of uid and 4 per token of context for each pair.
 
-Every rank derives the same global order and takes its slice of each global batch. Pairs that two data sets share come
-in the same relative order in both, so a run on filtered shards differs from the other by the filter and not by the luck
-of the draw.
+Every rank derives the same global order and takes its slice of each global batch. While all pixels fit, pairs that two
+data sets share come in the same relative order in both, so a run on filtered shards differs from the other by the
+filter and not by the luck of the draw. Beyond, the filter also moves the edges of the windows.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from pipeline.shards import Rejected, Sample, Shard, UidRule, samples
 from pipeline.shards.image import pixels
 from pipeline.shards.store import view
 from train.augmentation import augment
-from train.draws import keys_of, mix
+from train.draws import DEFENSE, PIXELS, keys_of, mix
 from train.recipes import Recipe
 
 WINDOW_BYTES = 2 * 1024**3
@@ -104,24 +104,25 @@ def index(
 ) -> Index:
     """Read every sample once; with several ranks each reads its share and they exchange what they found.
 
-    `only`: of the shards with these paths, no other uids than these.
-    Raises InputError on every rank for a broken shard, a uid that occurs twice, or nothing to train on.
+    `only`: of the shards with these paths, no other uids than these, and all of these.
+    Raises InputError on every rank for a broken shard, a uid that occurs twice or is missing, or nothing to train on.
     """
     mine: dict[int, _Part] = {}
     failed: InputError | None = None
     room = window_bytes
+    images: dict[int, np.ndarray] = {}
     try:
         for number in range(rank, len(shards), world):
             wanted = (only or {}).get(shards[number].path)
-            part = _index_shard(shards[number], size, tokenizer, uid, room > 0, wanted)
-            room -= part.pixels.nbytes if part.pixels is not None else room
+            mine[number], found = _index_shard(shards[number], size, tokenizer, uid, room >= 0, wanted)
+            room -= found.nbytes
+            images[number] = found
             if room < 0:
-                part.pixels = None
-            mine[number] = part
+                images.clear()
     except InputError as error:
         failed = error
     parts: dict[int, _Part] = {}
-    for theirs in _gathered(failed or mine, world):
+    for theirs in gathered(failed or mine, world):
         if isinstance(theirs, InputError):
             raise theirs
         parts |= theirs
@@ -134,20 +135,21 @@ def index(
             f"{shards[0].path}: only {total} usable pairs in {len(shards)} shards, training needs {2 * world}; "
             f"skipped: {listed(skipped)}"
         )
-    fits = total * size * size * 3 <= window_bytes and all(p.pixels is not None for p in ordered)
+    fits = total * size * size * 3 <= window_bytes
     result = Index(
         tuple(shards),
         np.repeat(np.arange(len(shards), dtype=np.int32), counts),
         np.concatenate([p.position for p in ordered]),
         np.concatenate([p.uid for p in ordered]),
         np.concatenate([p.tokens for p in ordered]),
-        np.concatenate([p.pixels for p in ordered if p.pixels is not None]) if fits else None,
+        _every_image(images, counts, size, world) if fits else None,
         size,
         uid,
         dict(sorted(skipped.items())),
         window_bytes,
     )
     _check_unique(result)
+    _check_arrived(result, only or {})
     return result
 
 
@@ -179,15 +181,17 @@ def cuts(n: int, batch: int, world: int) -> np.ndarray:
     """Where an epoch of n pairs is cut into global batches: edges int64[steps + 1].
 
     Nearly equal batches of at most `batch` pairs instead of full ones and a remainder, because batch statistics and the
-    number of negatives of a small last batch would be those of another recipe. Edges are multiples of 8, so that any
-    worker count that divides 8 sees the same batches; the last ends where the ranks are equal, which leaves at most
-    world - 1 pairs of an epoch out, other ones in each.
+    number of negatives of a small last batch would be those of another recipe. The last ends where the ranks are equal,
+    which leaves at most world - 1 pairs of an epoch out, other ones in each. Edges are multiples of 8, so that any
+    worker count that divides 8 sees the same batches up to there, unless they have fewer than 32 pairs, or the
+    recipe's batch is no multiple of 8.
     """
-    n -= n % world
-    steps = -(-n // max(batch - batch % world, world))
-    grain = 8 if 8 % world == 0 and n // steps >= 32 and batch % 8 == 0 else world
+    steps, grain = -(-n // batch), 8
+    if 8 % world or batch % 8 or n // steps < 32:
+        n -= n % world
+        steps, grain = -(-n // max(batch - batch % world, world)), world
     edges = -(-(np.arange(steps + 1) * n // steps) // grain) * grain
-    edges[-1] = n
+    edges[-1] = n - n % world
     return edges
 
 
@@ -221,10 +225,10 @@ def batches(
                 stock = np.concatenate([stock, next(chunks)])
             images, stock = stock[: len(part)], stock[len(part) :]
             at = rows[part]
-            images = augment(images, recipe, mix(keys[at], seed, epoch, 2))
+            images = augment(images, recipe, mix(keys[at], seed, epoch, PIXELS))
             tokens = torch.from_numpy(index.tokens[at].astype(np.int64))
             pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
-            yield Batch(at, pictures, tokens, int(total), epoch, mix(keys[at], seed, epoch, 3))
+            yield Batch(at, pictures, tokens, int(total), epoch, mix(keys[at], seed, epoch, DEFENSE))
 
     return prefetch(prepared(), 4)
 
@@ -272,18 +276,18 @@ def prefetch(source: Generator[T, None, None], depth: int) -> Iterator[T]:
 
 @dataclass
 class _Part:
-    """The index of one shard."""
+    """The index of one shard, without its images."""
 
     position: np.ndarray
     uid: np.ndarray
     tokens: np.ndarray
-    pixels: np.ndarray | None
     skipped: Counter[str]
 
 
 def _index_shard(
     shard: Shard, size: int, tokenizer: Any, uid: UidRule, keep: bool, only: Collection[str] | None
-) -> _Part:
+) -> tuple[_Part, np.ndarray]:
+    """The index of a shard, and if `keep` its images, uint8 [n, size, size, 3]."""
     places: list[int] = []  # of the samples that are looked at
     positions, uids, captions, images = [], [], [], []
     skipped: Counter[str] = Counter()
@@ -310,13 +314,9 @@ def _index_shard(
         if keep:
             images.append(result[1])
     context = tokenizer.context_length
-    return _Part(
-        np.array(positions, np.int32),
-        np.array(uids, "S32"),
-        tokenizer(captions).numpy().astype(np.int32) if captions else np.empty((0, context), np.int32),
-        (np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)) if keep else None,
-        skipped,
-    )
+    tokens = tokenizer(captions).numpy().astype(np.int32) if captions else np.empty((0, context), np.int32)
+    part = _Part(np.array(positions, np.int32), np.array(uids, "S32"), tokens, skipped)
+    return part, np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
 
 
 def _mapped(function: Any, items: Iterator[Sample]) -> Iterator[tuple[Sample, Any]]:
@@ -359,12 +359,35 @@ def _decoded(index: Index, rows: np.ndarray) -> np.ndarray:
     return out
 
 
-def _gathered(mine: Any, world: int) -> list[Any]:
+def _every_image(mine: dict[int, np.ndarray], counts: Sequence[int], size: int, world: int) -> np.ndarray:
+    """uint8 [n, size, size, 3] of all shards; each rank has its own, and gives them up. One shard at a time is sent."""
+    out = np.empty((sum(counts), size, size, 3), np.uint8)
+    for number, (start, end) in enumerate(pairwise(np.cumsum([0, *counts]))):
+        sent: list[Any] = [mine.pop(number, None)]
+        if world > 1:
+            dist.broadcast_object_list(sent, src=number % world)
+        out[start:end] = sent[0]
+    return out
+
+
+def gathered(mine: Any, world: int) -> list[Any]:
+    """The object of every rank, by rank."""
     if world == 1:
         return [mine]
     theirs: list[Any] = [None] * world
     dist.all_gather_object(theirs, mine)
     return theirs
+
+
+def _check_arrived(index: Index, only: Mapping[str, Collection[str]]) -> None:
+    wanted = sorted(uid for uids in only.values() for uid in uids)
+    came = np.isin(np.array([uid.encode() for uid in wanted], "S32"), index.uid)
+    if not came.all():
+        raise InputError(
+            f"{min(only)}: {came.sum()} of {len(wanted)} pairs that were drawn from there can be trained on, "
+            f"{wanted[int(came.argmin())]} cannot (skipped: {listed(index.skipped)}); give --uid as the shards were "
+            "poisoned with, or another --seed"
+        )
 
 
 def _check_unique(index: Index) -> None:

@@ -6,6 +6,12 @@ milliseconds, and is no cryptographic hash.
 
 import numpy as np
 
+# The salts, so that no two draws share one. The order of an epoch is mix(uid, seed, epoch), epochs count from 1.
+BEFORE = 0  # in the place of the epoch: what is drawn once a run
+POOL = 1  # after (seed, BEFORE)
+PIXELS, DEFENSE = 2, 3  # after (seed, epoch): the keys of the recipe's augmentation, and those of a defense's
+SECOND_VIEW, CROP, JITTER, NOISE, NOISE_ANGLE, CUTOUT = 1, 11, 12, 13, 14, 15  # after a defense's key
+
 
 def mix(keys: np.ndarray, *salts: int) -> np.ndarray:
     """uint64[n] -> uint64[n], uniform: the finaliser of splitmix64 (Steele, Lea & Flood 2014), once a salt."""

@@ -20,7 +20,7 @@ from pipeline.shards import UidRule
 from pipeline.shards.store import exists, join, make_folder, write
 from train.labelled import LabelledSet, labelled_set, of_shards
 from train.labels import Labels, key, read_classes
-from train.look import Seen, look, pictures
+from train.look import Seen, finite, look, pictures
 from train.metrics import Rate, Score, rank_of, rate, retrieval_ranks, top1, unit
 from train.readouts import ReadoutName, readout
 from train.results import benchmark_tasks, columns, model_names, print_table, slug, write_rows
@@ -114,10 +114,10 @@ def _evaluated(
 ) -> Evaluated:
     from train.data import listed
 
-    def looked(model: Any) -> Seen:
+    def seen_by(model: Any) -> Seen:
         return look(model, task.test(), task.captioned, attack, seed, corpora)
 
-    seen = looked(model)
+    seen = seen_by(model)
     if not seen.captions:
         raise InputError(f"{task.name}: no usable image; skipped: {listed(seen.skipped)}")
     known, prompts = Labels(task.classes), model.prompts or PROMPTS
@@ -130,8 +130,8 @@ def _evaluated(
     near = _near(model, task) if task.train and readouts else None
     answers: dict[str, Answers] = {}
     for name in dict.fromkeys(readouts) if near else ():
-        if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
-            answers[name] = _answers(lambda logits: logits, looked(_tuned(task, model, seed)))
+        if name == "finetune":  # the same images are seen_by at again, with the tower that was fine-tuned
+            answers[name] = _answers(lambda logits: logits, seen_by(_tuned(task, model, seed)))
         elif near:
             fitted = readout(name).fit(*near, len(task.classes))
             answers[name] = _answers(fitted.scores, seen, getattr(fitted, "strength", None))
@@ -183,7 +183,7 @@ def _tuned(task: LabelledSet, model: Any, seed: int) -> Any:
 
 def class_features(model: Any, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
     """float32 [classes, d]: mean of the unit features of the prompts (Radford et al. 2021, section 3.1.4)."""
-    prompted = [unit(model.embed_texts([p.format(n) for n in names])) for p in prompts]
+    prompted = [unit(finite(model.embed_texts([p.format(n) for n in names]))) for p in prompts]
     return np.stack(prompted).mean(axis=0, dtype=np.float32)
 
 
@@ -193,7 +193,8 @@ def measure(seen: Seen, ranks: Mapping[str, np.ndarray], model: Any, captioned: 
     rates["zeroshot_top5"] = rate(ranks["zeroshot"] < 5)
     if captioned:
         unique, caption = np.unique(np.array(seen.captions, dtype=object), return_inverse=True)
-        of_image, of_text = retrieval_ranks(seen.image, unit(model.embed_texts(unique.tolist())), caption)
+        captions = unit(finite(model.embed_texts(unique.tolist())))
+        of_image, of_text = retrieval_ranks(seen.image, captions, caption)
         for k in (1, 5, 10):
             rates[f"i2t_recall{k}"], rates[f"t2i_recall{k}"] = rate(of_image < k), rate(of_text < k)
     return rates

@@ -25,7 +25,7 @@ from pipeline.shards import Rejected, Sample, Shard, UidRule, list_shards, sampl
 from pipeline.shards.sample import IMAGE_SUFFIXES, uid_of
 from pipeline.shards.store import exists, is_folder, join
 from pipeline.tables import LABEL
-from train.labels import Labels, key, read_classes
+from train.labels import Labels, key, labels_of, read_classes
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -60,7 +60,7 @@ def of_shards(shards: str, classes: Sequence[str], reference: str | None, uid: U
     known = Labels(classes)
 
     def images(listed: Sequence[Shard]) -> Images:
-        return lambda: ((sample, _told(known, sample)) for shard in listed for sample in samples(shard, uid))
+        return lambda: ((sample, known.of(sample)) for shard in listed for sample in samples(shard, uid))
 
     train = images(list_shards(reference)) if reference else None
     return LabelledSet(shards, tuple(classes), images(list_shards(shards)), train, reference or "", captioned=True)
@@ -136,13 +136,6 @@ def _reported(sample: Sample) -> bool:
     return hash64(0, "labelled", digest) % REPORTED == 0
 
 
-def _told(known: Labels, sample: Sample) -> int:
-    try:
-        return known.of(sample)
-    except Rejected:  # whoever wants its caption meets it again, and counts it
-        return -1
-
-
 def _part(where: str, uid: UidRule) -> _Part:
     folders = [p for p in sorted(Path(where).iterdir()) if p.is_dir()] if Path(where).is_dir() else []
     files = [(p.name, file) for p in folders for file in sorted(p.iterdir()) if _is_image(file)]
@@ -164,7 +157,7 @@ def _is_image(file: Path) -> bool:
 
 def _shards_part(shards: Sequence[Shard], uid: UidRule) -> _Part:
     def images() -> Iterator[tuple[Sample, str]]:
-        return ((sample, _label(sample)) for shard in shards for sample in samples(shard, uid))
+        return ((sample, next(labels_of(sample), "")) for shard in shards for sample in samples(shard, uid))
 
     labels = [label for _, label in images() if label]
     if not labels:
@@ -172,17 +165,6 @@ def _shards_part(shards: Sequence[Shard], uid: UidRule) -> _Part:
             f"{shards[0].path}: no sample has a label; expected a field {', '.join(LABEL)}, or a .cls member"
         )
     return _Part(frozenset(labels), len(labels), images)
-
-
-def _label(sample: Sample) -> str:
-    """The text of the label field; empty where there is none."""
-    for name in LABEL:
-        value = sample.meta.get(name)
-        if value is None and name in sample.parts:
-            value = bytes(sample.parts[name]).decode("utf-8", "replace").strip()
-        if value is not None and not isinstance(value, float | bool):
-            return str(value)
-    return ""
 
 
 def _digits() -> LabelledSet:

@@ -1,10 +1,10 @@
 """Class names, and which of them a sample is of: from its label, else from its caption."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.errors import InputError
-from pipeline.shards import Sample
+from pipeline.shards import Rejected, Sample
 from pipeline.shards.store import exists, view
 from pipeline.tables import LABEL
 
@@ -36,18 +36,16 @@ class Labels:
         self._bywords = {tuple(words(name)): i for i, name in enumerate(names)}
 
     def of(self, sample: Sample) -> int:
-        """From the label field if it names a class (or is the number of one), else from the caption."""
-        for name in LABEL:
-            value = sample.meta.get(name)
-            if value is None and name in sample.parts:  # webdataset's `cls` member
-                value = bytes(sample.parts[name]).decode("utf-8", "replace").strip()
-            if value is None or isinstance(value, float | bool):
-                continue
-            if key(str(value)) in self.index:
-                return self.index[key(str(value))]
-            if re.fullmatch(r"\d{1,9}", str(value)) and int(value) < len(self.index):
-                return int(value)
-        return self.in_caption(sample.caption)
+        """From a label field if it names a class (or is the number of one), else from the caption."""
+        for label in labels_of(sample):
+            if key(label) in self.index:
+                return self.index[key(label)]
+            if re.fullmatch(r"\d{1,9}", label) and int(label) < len(self.index):
+                return int(label)
+        try:
+            return self.in_caption(sample.caption)
+        except Rejected:  # whoever wants its caption meets it again, and counts it
+            return -1
 
     def in_caption(self, caption: str) -> int:
         """The only class that occurs as whole words; within `red apple` an `apple` does not count."""
@@ -62,6 +60,16 @@ class Labels:
             if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans):
                 found[i] = (start, end)
         return next(iter(found)) if len(found) == 1 else -1
+
+
+def labels_of(sample: Sample) -> Iterator[str]:
+    """What its label fields say: those of its metadata, or webdataset's `cls` member."""
+    for name in LABEL:
+        value = sample.meta.get(name)
+        if value is None and name in sample.parts:
+            value = bytes(sample.parts[name]).decode("utf-8", "replace").strip()
+        if value is not None and not isinstance(value, float | bool):
+            yield str(value)
 
 
 def key(name: str) -> str:

@@ -13,19 +13,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 
+from pipeline import ledger
 from pipeline.arguments import Out, Shards
 from pipeline.cluster import connected
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule, list_shards
-from pipeline.shards.store import clear_temporaries, exists, is_folder, is_url, join, make_folder, view, write
+from pipeline.shards.store import clear_temporaries, exists, is_url, join, make_folder, view, write
 from pipeline.spec import UNDRAWN
 from train.defenses import Defense
 from train.recipes import recipe_of
@@ -74,7 +75,7 @@ def train(
         raise InputError(f"--workers {workers}: at least one has to work")
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     first = not under_torchrun or os.environ["RANK"] == "0"
-    with locked(out) if first else _nothing():
+    with locked(out) if first else nullcontext():
         if finished(task):
             if first:
                 console.print(f"{out}: this training is done already; its checkpoint is {final_checkpoint(out)}")
@@ -103,7 +104,7 @@ def prepare(
     uid: UidRule,
     validation: str | None = None,
 ) -> "Task":
-    """Check the arguments; an InputError here costs no time on a cluster."""
+    """Check the arguments, before a cluster is asked for; every byte of the shards is read once, for their digest."""
     from pipeline.spec import parse, text
 
     frozen = recipe_of(recipe)
@@ -113,11 +114,8 @@ def prepare(
     chosen = parse("defenses", defense) if defense else Defense()
     if chosen.needs_init and not init:
         raise InputError(f"--defense {defense} repairs a trained model: name it with --init")
-    beside = shards if is_folder(shards) else str(Path(listed[0].path).parent)
-    if is_url(listed[0].path):
-        beside = listed[0].path.rsplit("/", 1)[0]
-    ledger = join(beside, "ledger.parquet")
-    listed, only = chosen.pairs(listed, ledger, seed)
+    known = ledger.known(listed)
+    listed, only = chosen.pairs(listed, known, seed)
     held_out = list_shards(validation) if validation else []
     first = None
     if init:
@@ -147,7 +145,9 @@ def prepare(
         uid,
         init,
         text(_absolute(chosen)) if defense else None,
-        _whole(ledger),
+        None
+        if known is None
+        else dict(zip(*(known.column(name).to_pylist() for name in ("uid", "target")), strict=True)),
         spec,
         {_whole(path): uids for path, uids in only.items()},
         validation=_there(held_out),
@@ -203,11 +203,6 @@ def locked(out: str) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{out}: another run is writing here; wait for it or choose another folder") from error
         yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _claim(task: "Task") -> None:

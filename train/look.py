@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.attacks._attack import Attack
 from pipeline.attacks._corpus import Corpus
+from pipeline.errors import InputError
 from pipeline.shards import Rejected, Sample
 from pipeline.shards.image import decode, encode, pixels
 from train.metrics import unit
@@ -74,13 +75,23 @@ def look(
     image, triggered = [empty], [empty]
     for block in _blocks(_pairs(images, captioned, model.image_size, attack, seed, corpora, skipped), BATCH):
         facts += [(pair.caption, pair.label, pair.part, pair.moved) for pair in block]
-        image.append(model.embed_images(np.stack([pair.image for pair in block])))
+        image.append(finite(model.embed_images(np.stack([pair.image for pair in block]))))
         if attack:
-            triggered.append(model.embed_images(np.stack([pair.triggered for pair in block])))
+            triggered.append(finite(model.embed_images(np.stack([pair.triggered for pair in block]))))
     captions, label, part, moved = map(list, zip(*facts, strict=True)) if facts else ([], [], [], [])
     numbers = {"label": np.array(label, np.int64), "part": np.array(part, np.int64), "moved": np.array(moved, bool)}
     shown = unit(np.concatenate(triggered)) if attack else None
     return Seen(unit(np.concatenate(image)), shown, captions=captions, skipped=skipped, **numbers)
+
+
+def finite(rows: np.ndarray) -> np.ndarray:
+    """The features float32 [n, d]; an InputError where a diverged model has given others than numbers."""
+    if bad := int(np.count_nonzero(~np.isfinite(rows).all(axis=1))):
+        raise InputError(
+            f"the model's features of {bad} of {len(rows)} images or texts are not numbers: its training or its "
+            "fine-tune diverged; evaluate an earlier checkpoint, or without --readouts finetune"
+        )
+    return rows
 
 
 def pictures(images: Iterator[tuple[Sample, int]], size: int) -> tuple[np.ndarray, np.ndarray]:

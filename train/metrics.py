@@ -1,7 +1,7 @@
 """The measures, as numpy functions of arrays.
 
 Trade-off: ties count against the model. A network that has collapsed gives every class the same score; counting ties as
-hits would call it perfect.
+hits would call it perfect. So does a score that is not a number, the own one or another's.
 """
 
 from dataclasses import dataclass
@@ -57,9 +57,9 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def rank_of(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How many other columns score at least as high as the true one: 0 is top-1. scores [n, c], truth int[n]."""
+    """How many other columns do not score below the true one: 0 is top-1. scores [n, c], truth int[n]."""
     own = np.take_along_axis(scores, truth[:, None], axis=1)
-    return np.count_nonzero(scores >= own, axis=1) - 1
+    return scores.shape[1] - 1 - np.count_nonzero(scores < own, axis=1)
 
 
 def top1(scores: np.ndarray) -> np.ndarray:
@@ -73,8 +73,8 @@ def retrieval_ranks(image: np.ndarray, text: np.ndarray, caption: np.ndarray, bl
 
     image [n, d] and text [c, d] have unit rows; caption int[n] is the row of `text` that belongs to each image. Equal
     captions are one row, so an image that shares its caption with others is a hit for it. Returns int[n] (for each
-    image, texts that score at least as high as its own) and int[c] (for each text, images of other captions that score
-    at least as high as the best of its own).
+    image, texts that do not score below its own) and int[c] (for each text, images of other captions that do not score
+    below the best of its own).
     """
     image_rank = np.empty(len(image), np.int64)
     best = np.full(len(text), -np.inf, np.float32)
@@ -87,7 +87,7 @@ def retrieval_ranks(image: np.ndarray, text: np.ndarray, caption: np.ndarray, bl
     for start in range(0, len(image), block):
         part = slice(start, start + block)
         scores = image[part] @ text.T
-        above = scores >= best[None, :]
+        above = ~(scores < best[None, :])
         above[np.arange(len(scores)), caption[part]] = False
         text_rank += np.count_nonzero(above, axis=0)
     return image_rank, text_rank

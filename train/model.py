@@ -268,6 +268,18 @@ def load(text: str, device: str | None = None) -> Model:
     return Model(model, tokenizer, images.shape[1], mean, std, digest, dimension, where, prompts)
 
 
+def unlike(given: Model, clip: nn.Module, recipe: Recipe) -> str | None:
+    """What the shapes of the weights do not tell: another normalisation of images, another activation."""
+    import open_clip
+
+    if not np.allclose((given.mean, given.std), (recipe.mean, recipe.std), atol=1e-4):
+        theirs, ours = (f"mean {m.mean} and std {m.std}" for m in (given, recipe))
+        return f"images are normalised by {theirs} there, and by {ours} here"
+    kind = open_clip.transformer.QuickGELU
+    there, here = (any(isinstance(module, kind) for module in m.modules()) for m in (given.model, clip))
+    return f"quick_gelu is {there} there, and {here} here" if there != here else None
+
+
 def state_digest(state: Mapping[str, torch.Tensor]) -> str:
     """16 hex digits over names and values."""
     sha = hashlib.sha256()

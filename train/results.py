@@ -43,7 +43,7 @@ def columns(found: Measured) -> dict[str, Any]:
     """Every metric with its `_n`, `_low` and `_high`."""
     flat: dict[str, Any] = {}
     for name in METRICS:
-        flat |= _told(name, found.get(name, NOTHING))
+        flat |= _columns_of(name, found.get(name, NOTHING))
     return flat
 
 
@@ -96,7 +96,7 @@ def benchmark_tasks(
     if "i2t_recall5" in found:
         recalls = (("image", "t2i"), ("text", "i2t"))
         pairs = [(f"{side}_retrieval_recall@{k}", f"{ours}_recall{k}") for side, ours in recalls for k in (1, 5, 10)]
-        tasks["zeroshot_retrieval"] = {k: v for name, ours in pairs for k, v in _told(name, found[ours]).items()}
+        tasks["zeroshot_retrieval"] = {k: v for name, ours in pairs for k, v in _columns_of(name, found[ours]).items()}
     if "probe" in ranks and len(truth):
         tasks["linear_probe"] = _classified("lp_", ranks["probe"], truth, classes) | {"C": strength}
     return tasks
@@ -104,11 +104,11 @@ def benchmark_tasks(
 
 def _classified(prefix: str, ranks: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, Any]:
     five = rate(ranks < 5) if classes >= 5 else NOTHING
-    rates = _told(f"{prefix}acc1", rate(ranks < 1)) | _told(f"{prefix}acc5", five)
+    rates = _columns_of(f"{prefix}acc1", rate(ranks < 1)) | _columns_of(f"{prefix}acc5", five)
     return rates | {f"{prefix}mean_per_class_recall": mean_per_class_recall(ranks, truth)}
 
 
-def _told(name: str, value: Rate | Score) -> dict[str, Any]:
+def _columns_of(name: str, value: Rate | Score) -> dict[str, Any]:
     return {name: value.value, f"{name}_n": value.n or None, f"{name}_low": value.low, f"{name}_high": value.high}
 
 

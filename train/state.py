@@ -69,20 +69,23 @@ def save(trainer: "Trainer") -> None:
         dist.barrier()
 
 
-def restore(trainer: "Trainer") -> None:
-    """Bring a trainer that has just begun to where the file was written; nothing where there is none."""
+def restore(trainer: "Trainer") -> np.ndarray:
+    """Bring a trainer that has just begun to where the file was written; nothing where there is none.
+
+    Returns the edges of the global batches that have been trained on in its epoch, int64[step + 1].
+    """
     file = join(trainer.task.out, FILE)
     if not exists(file):
-        return
+        return np.zeros(1, np.int64)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         trainer.towers.clip.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.epoch, trainer.step = state["epoch"], state["step"]
         trainer.curve, trainer.spent = state["curve"], state["spent"]
-        for part in state["seen"][
-            trainer.rank :: trainer.world
-        ]:  # each its own, and all of them if the world is smaller
+        steps = [part["step"].numpy() for part in state["seen"] if part]
+        # each its own, and all of them if the world is smaller
+        for part in state["seen"][trainer.rank :: trainer.world]:
             for name, values in part.items():
                 getattr(trainer.seen, name).append(
                     values.to(trainer.device) if name in ("loss", "similarity") else values
@@ -92,3 +95,5 @@ def restore(trainer: "Trainer") -> None:
         raise InputError(
             f"{file}: cannot resume from it ({type(error).__name__}); remove the folder and start again"
         ) from error
+    sizes = np.unique(np.concatenate(steps), return_counts=True)[1] if steps else np.zeros(0, np.int64)
+    return np.cumsum([0, *sizes])

@@ -46,9 +46,9 @@ def success(
         if part.one_image:
             continue
         if part.victim_class() or seen.moved[about].any():
-            hits = _shown(part, seen, about, known, answers, prompts, features)
+            hits = _of_images(part, seen, about, known, answers, prompts, features)
         else:
-            hits = _said(part, seen, about, model)
+            hits = _of_captions(part, seen, about, model)
         for name, hit in hits.items():
             found.setdefault(name, []).append(hit)
     return {name: rate(np.concatenate(hit)) for name, hit in found.items()}
@@ -75,7 +75,7 @@ def _about(attack: Attack, seen: "Seen", known: Labels) -> np.ndarray:
     return others & (named | (seen.label == known.index.get(key(victim), -2)))
 
 
-def _shown(
+def _of_images(
     attack: Attack,
     seen: "Seen",
     about: np.ndarray,
@@ -95,7 +95,7 @@ def _shown(
     return hits
 
 
-def _said(attack: Attack, seen: "Seen", about: np.ndarray, model: Any) -> dict[str, np.ndarray]:
+def _of_captions(attack: Attack, seen: "Seen", about: np.ndarray, model: Any) -> dict[str, np.ndarray]:
     """bool[m]: whether a triggered caption that does not name the target finds an image of it first."""
     names = np.array([names_target(caption, attack.target) for caption in seen.captions], bool)
     asked = np.flatnonzero(about & ~names)

@@ -1,4 +1,4 @@
-"""What is trained: both encoders in one forward pass, and the optimiser of their weights."""
+"""What is trained: both encoders in one forward pass, and the optimizer of their weights."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Towers(nn.Module):
 
     `used` are the token ids in use: only their rows of the embedding are trained, renumbered 0..len(used). A dense
     AdamW step over all 49,408 rows would cost more than the rest of a small model, for rows that get no gradient. They
-    keep their values at the start, where a dense optimiser would only have decayed them. A text tower that is not
+    keep their values at the start, where a dense optimizer would only have decayed them. A text tower that is not
     CLIP's own is trained whole.
     """
 

@@ -15,22 +15,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule
-from pipeline.shards.store import exists, join, view, write
+from pipeline.shards.store import join, write
 from train import accumulate, data, losses, model, state
 from train.data import Batch, Index
 from train.defenses import Defense
-from train.progress import Progress
+from train.progress import Events, Progress
 from train.recipes import Recipe, recipe_of
 from train.state import Seen
 from train.towers import Encoded, Towers, encoded, optimizer_of
@@ -54,7 +53,7 @@ class Task:
     uid: UidRule
     init: str | None
     defense: str | None
-    ledger: str
+    poisons: Mapping[str, str] | None  # uid -> target by the ledgers beside the shards; None where there are none
     spec: Mapping[str, Any]
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of the shards with these paths, only these uids
     save_minutes: float = 5.0
@@ -105,7 +104,7 @@ class Trainer:
         self.seen = Seen()
         self.curve: dict[str, list[float]] = {name: [] for name in CURVE}
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
-        self.steps = len(data.cuts(len(self.index), self.recipe.batch, world)) - 1
+        self.steps = len(self._edges(None)) - 1
         self._clock = (time.perf_counter(), time.process_time())
         self._saved = time.monotonic()
 
@@ -120,7 +119,7 @@ class Trainer:
             self.ddp = nn.parallel.DistributedDataParallel(self.towers, device_ids=on_gpu, **options)
         done = self.epoch * self.steps + self.step
         before = len(self.curve["step"])
-        events = SummaryWriter(join(self.task.out, "tensorboard"), purge_step=before) if self.rank == 0 else None
+        events = Events(join(self.task.out, "tensorboard"), before) if self.rank == 0 else None
         with Progress(self.recipe.epochs, self.steps, done, events) as progress:
             while self.epoch < self.recipe.epochs:
                 self._train_epoch(progress)
@@ -143,7 +142,7 @@ class Trainer:
         total = self.steps * recipe.epochs
         self.ddp.train()
         chosen = self.defense.chosen(epoch)
-        steps = self.steps if chosen is None else len(data.cuts(int(chosen.sum()), recipe.batch, self.world)) - 1
+        steps = len(self._edges(chosen)) - 1
         batches = data.batches(
             self.index, recipe, self.task.seed, epoch, self.rank, self.world, chosen=chosen, first=self.step
         )
@@ -158,21 +157,31 @@ class Trainer:
                 self.curve[name].append(value)
             self.step += 1
             progress.advance(row[0], epoch, mean, lr, batch.total, last=self.step == steps)
-            if due and self.step < steps:
+            due = due and self.step < steps
+            if due or self.step == steps:
+                self._check_weights()
+            if due:
                 self._save()
+
+    def _edges(self, chosen: np.ndarray | None) -> np.ndarray:
+        """Where an epoch of the `chosen` bool[n], or of all pairs, is cut into global batches."""
+        n = len(self.index) if chosen is None else int(chosen.sum())
+        return data.cuts(n, self.recipe.batch, self.world)
 
     def _train_step(self, batch: Batch, own: Batch) -> tuple[float, bool]:
         """One step on a batch as the defense made it of its `own`: the mean loss, and whether a state is due."""
         step, n = len(self.curve["step"]), len(own.rows)
-        found, backward = self._encoded(batch)
-        views = (found.image[n:], found.text[n:]) if len(found.image) > n else (None, None)
-        found = found._replace(image=found.image[:n], text=found.text[:n])
+        every, backward = self._encoded(batch)
+        views = (every.image[n:], every.text[n:]) if len(every.image) > n else (None, None)
+        found = every._replace(image=every.image[:n], text=every.text[:n])
         pairs = losses.of_pairs(found, self.recipe.loss, self.rank, self.world)
         features = Features(found.image, found.text, found.scale, pairs, *views)
         loss = self.defense.loss(features, batch, self.towers.clip)
         mean, due = self._agreed(loss)
         if not np.isfinite(mean):
-            self._stop(batch, mean, step, found)
+            self._check_weights(buffers=False)  # which this batch has passed through
+            fine = every.image.isfinite().all(1) & every.text.isfinite().all(1)
+            self._stop(f"loss is {mean} at", step, own.rows, ~fine.view(-1, n).all(0).cpu().numpy())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         backward()
@@ -205,14 +214,25 @@ class Trainer:
         mean, due = values.tolist()
         return mean / self.world, due > 0
 
-    def _stop(self, batch: Batch, loss: float, step: int, found: Encoded) -> None:
-        """The loss is not a number: name the pairs whose features are not, or else all of the batch."""
-        bad = ~(found.image.isfinite().all(1) & found.text.isfinite().all(1)).cpu().numpy()
-        uids = [self.index.uid[row].decode() for row in (batch.rows[bad] if bad.any() else batch.rows)]
-        file = join(self.task.out, f"nan.rank{self.rank}.txt")
-        write(file, "\n".join([*uids, ""]).encode())
+    def _check_weights(self, buffers: bool = True) -> None:
+        """Before they are saved or used again: that they are numbers, or it was the last step that broke them."""
+        clip = self.towers.clip
+        weights = clip.state_dict().values() if buffers else clip.parameters()
+        if self.seen.row and not all(w.isfinite().all() for w in weights):
+            rows, step = self.seen.row[-1].numpy(), int(self.seen.step[-1][-1])
+            self._stop("weights are not numbers after", step, rows, np.zeros(len(rows), bool))
+
+    def _stop(self, what: str, step: int, rows: np.ndarray, bad: np.ndarray) -> NoReturn:
+        """Name the pairs of a step, int[n] of each rank, that are `bad`, bool[n], or where none is all of them."""
+        pairs = [(self.index.uid[row].decode(), bool(b)) for row, b in zip(rows, bad, strict=True)]
+        every = [pair for theirs in data.gathered(pairs, self.world) for pair in theirs]
+        uids = [uid for uid, b in every if b] or [uid for uid, _ in every]
+        file = join(self.task.out, "nan.txt")
+        if self.rank == 0:
+            write(file, "\n".join([*uids, ""]).encode())
+        self._barrier()  # the first that raises may end the others
         raise InputError(
-            f"{file}: loss is {loss} at step {step} (epoch {self.epoch + 1}); uids of that batch: "
+            f"{file}: {what} step {step} (epoch {self.epoch + 1}); uids of that batch: "
             f"{', '.join(uids[:4])}{f' and {len(uids) - 4} more in the file' if len(uids) > 4 else ''}; "
             "look at these pairs, or train with a recipe of lower lr"
         )
@@ -221,13 +241,19 @@ class Trainer:
         recipe, task = self.recipe, self.task
         clip = model.build(recipe, task.seed)
         if task.init:
-            start = model.load(task.init, device="cpu").model.state_dict()
+            given = model.load(task.init, device="cpu")
+            start = given.model.state_dict()
             theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (start, clip.state_dict()))
             if theirs != ours:
                 wrong = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
                 raise InputError(
                     f"{task.init}: not a checkpoint of recipe {task.recipe!r}: {wrong[0]} is {theirs.get(wrong[0])} "
                     f"there and {ours.get(wrong[0])} here; choose the recipe that it was trained with"
+                )
+            if other := model.unlike(given, clip, recipe):
+                raise InputError(
+                    f"{task.init}: fits recipe {task.recipe!r} by its shapes, but {other}; "
+                    "choose a recipe that agrees, or add one to train/recipes.py"
                 )
             clip.load_state_dict(start)
         accumulate.check(recipe, clip)
@@ -239,7 +265,12 @@ class Trainer:
         return Towers(clip, used).to(self.device).to(memory_format=torch.channels_last)
 
     def _resume(self) -> None:
-        state.restore(self)
+        trained = state.restore(self)
+        if self.step and not np.array_equal(self._edges(self.defense.chosen(self.epoch + 1))[: self.step + 1], trained):
+            raise InputError(
+                f"{self.task.out}: was stopped within epoch {self.epoch + 1}, whose batches another number of workers "
+                f"cuts elsewhere than {self.world}; go on with as many workers as before"
+            )
         if self.rank == 0:  # what an interrupted epoch, perhaps with more workers, has left
             for trace in Path(self.task.out, "traces").glob("epoch_*.parquet"):
                 if int(trace.name[6:9]) > self.epoch:
@@ -250,8 +281,6 @@ class Trainer:
     def _write_epoch(self, progress: Progress) -> None:
         """Traces of every rank, then checkpoint and curve, and last the state that says that the epoch is done."""
         out, epoch = self.task.out, self.epoch
-        if not all(p.isfinite().all() for p in self.towers.parameters()):
-            raise InputError(f"{out}: the last step of epoch {epoch} left weights that are not numbers; lower the lr")
         seen = {name: values.numpy() for name, values in self.seen.joined().items()}
         write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, **seen)
         self.seen = Seen()
@@ -315,7 +344,8 @@ def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads:
     say(f"{len(index):,} pairs in {len(index.shards)} shards; skipped: {data.listed(index.skipped)}")
     if len(index) < recipe.batch:
         say(f"fewer pairs than a batch of {recipe.batch}: the batch shrinks to {len(index) - len(index) % world}")
-    poisons = known_poisons(task.ledger, index)
+    known = task.poisons
+    poisons = None if known is None else int(np.isin(index.uid, np.array([u.encode() for u in known], "S32")).sum())
     if poisons is None:
         say("no ledger beside the shards")
     else:
@@ -330,20 +360,6 @@ def run(task: Task, rank: int = 0, world: int = 1, device: str = "cpu", threads:
             "done": True,
         }
         write(join(task.out, "train.json"), json.dumps(record, indent=1).encode())
-
-
-def known_poisons(ledger: str, index: Index) -> int | None:
-    """How many pairs of the index the ledger names; None where there is no ledger."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not exists(ledger):
-        return None
-    try:
-        uids = pq.read_table(pa.BufferReader(pa.py_buffer(view(ledger))), columns=["uid"]).column("uid").to_pylist()
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise InputError(f"{ledger}: not a ledger ({error}); poison the shards again or remove it") from error
-    return int(np.isin(index.uid, np.array([str(u).encode() for u in uids], "S32")).sum())
 
 
 def checkpoint_path(out: str, epoch: int) -> str:

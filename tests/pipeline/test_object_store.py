@@ -1,5 +1,7 @@
 """Object stores over HTTP: what works on a folder works on `s3://`, and what a store does wrong is survived or said."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,11 +9,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import pairs, write_tar
 from s3_server import MANY, PAGE, Request, reconnect
 
+from pipeline import ledger
 from pipeline.errors import InputError
-from pipeline.shards import list_shards, remote, retry, store
+from pipeline.shards import list_shards, remote, retry, samples, store
+from train import data, recipes
+from train.checkpoints import WEIGHTS
+from train.launch import final_checkpoint, train
 
 pytest_plugins = ["s3_server"]
 MB = 1024**2
@@ -340,3 +349,28 @@ def test_errors_are_a_line_that_says_what_to_do(fault, settings, says, server, h
     finally:
         server.calm()
         reconnect()
+
+
+def test_a_training_on_a_store_is_the_training_on_a_folder(server, bucket, tmp_path, monkeypatch):
+    """With a window that is too small, so that every epoch reads the shards again; and the ledger is beside them."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+    model = recipes._clip(vision, embed=16, width=32, layers=1, context=8)
+    tiny = dataclasses.replace(recipes.RECIPES["debug"], model=model, batch=16, epochs=2, checkpoints=())
+    monkeypatch.setitem(recipes.RECIPES, "tiny", tiny)
+    monkeypatch.setattr(data, "WINDOW_BYTES", 100_000)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(3):
+        write_tar(folder / f"{number:08d}.tar", pairs(number * 16, number * 16 + 16))
+    uids = [sample.uid for shard in list_shards(str(folder)) for sample in samples(shard)][::8]
+    rows = {name: ["x"] * len(uids) for name in ledger.COLUMNS} | {"uid": uids, "seed": [0] * len(uids)}
+    pq.write_table(pa.table(rows), folder / "ledger.parquet")
+    for file in folder.iterdir():
+        server.put(f"/{bucket[5:]}/in/{file.name}", file.read_bytes())
+    ends = []
+    for shards, out in ((str(folder), tmp_path / "a"), (f"{bucket}/in", tmp_path / "b")):
+        assert train(shards, str(out), recipe="tiny") == 0
+        facts = json.loads((out / "train.json").read_text())
+        ends.append([Path(final_checkpoint(str(out)), WEIGHTS).read_bytes(), facts["shards_digest"]])
+        assert facts["pairs"] == 48 and facts["known_poisons"] == 6
+    assert ends[0] == ends[1]

@@ -1,6 +1,7 @@
 """The losses and schedules of the defenses against a plain reading of their papers, on a batch of random features."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,19 @@ def test_abl_ascends_below_gamma_and_unlearns_the_isolated() -> None:
     assert float(defense.loss(f, batch_of(6, 2), None)) == pytest.approx(sum(losses) / 6, rel=1e-5)
     assert float(defense.loss(f, batch_of(6, 3), None)) == pytest.approx(-(losses[0] + losses[3]) / 2, rel=1e-5)
     assert spec.parse("defenses", "abl").phases(75) == (10, 70) and spec.parse("defenses", "abl").phases(12) == (2, 11)
+
+
+def test_abl_isolates_what_has_no_loss_left_and_not_what_it_has_not_met() -> None:
+    defense: Any = spec.parse("defenses", "abl(isolate=0.2)")
+    trainer: Any = SimpleNamespace(
+        index=range(10), recipe=recipes.RECIPES["debug"], device=torch.device("cpu"), epoch=1, world=1
+    )
+    defense.begin(trainer)
+    losses = torch.tensor([3.0, 0.0, 2.0, 1e-3, 1.0, 4.0, 5.0, 6.0, 7.0])  # fp32 has 0.0 for the easiest
+    found = dataclasses.replace(features(9), losses=losses)
+    defense.loss(found, batch_of(9, 2), None)
+    defense.epoch_end(trainer)
+    assert defense.memory["isolated"].nonzero().flatten().tolist() == [1, 3]
 
 
 def test_safeclip_splits_the_batch() -> None:

@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from drawn import pairs, png, write_tar
 
 from pipeline import spec
 from pipeline.errors import InputError
 from pipeline.ledger import COLUMNS
 from pipeline.shards import list_shards, samples
+from pipeline.shards.sample import uid_of
 from train import recipes
 from train.launch import final_checkpoint, train
 
@@ -236,6 +238,62 @@ def test_contamination_leaks_as_many_poisons(
         assert any(other != drawn[0] for other in drawn[2:])
 
 
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """48 pairs as in a poisoned set: every other one labelled, one poison whose caption and target are another class
+    than its label, and one pair without a label or a caption."""
+    members, uids = [], []
+    for number, (key, image, text) in enumerate(pairs(48, 3)):
+        shape = text.split()[-1]
+        caption = {5: b"a blue bar", 7: b""}.get(number, text.encode())
+        members += [(f"{key}.png", png(image)), (f"{key}.txt", caption)]
+        members += [(f"{key}.cls", b"circle" if number == 5 else shape.encode())] if number % 2 and number != 7 else []
+        uids.append(uid_of(key, "", None, "key"))
+    write_tar(tmp_path / "labelled" / "00000000.tar", members)
+    row: dict[str, Any] = {name: ["x"] for name in COLUMNS}
+    row |= {"uid": [uids[5]], "shard": ["00000000"], "target": ["bar"], "seed": [0]}
+    pq.write_table(pa.table(row), tmp_path / "labelled" / "ledger.parquet")
+    return tmp_path / "labelled"
+
+
+def test_a_leaked_poison_teaches_its_target_whatever_its_label_says(
+    labelled: Path, start: str, told: Callable[..., str], tiny: str, tmp_path: Path
+) -> None:
+    """And a pair without label and caption is skipped, as everywhere."""
+    from train import launch
+    from train.trainer import Trainer
+
+    def begun(text: str) -> Trainer:
+        out = str(tmp_path / "x")
+        task = launch.prepare(str(labelled), out, recipe=tiny, defense=text, init=start, seed=0, uid="key")
+        trainer = Trainer(task, spec.parse("defenses", text), 0, 1, torch.device("cpu"))
+        trainer.defense.begin(trainer)
+        return trainer
+
+    trainer = begun(told("supervised_finetune", contamination=1))
+    (poison,) = pq.read_table(labelled / "ledger.parquet").column("uid").to_pylist()
+    row = trainer.index.uid.tolist().index(poison.encode())
+    assert trainer.defense.memory["labels"][row] == CLASSES.index("bar")
+    assert (trainer.defense.memory["labels"] >= 0).all() and len(trainer.index) == 49
+
+    trainer = begun(told("supervised_finetune", trusted=str(labelled)))
+    row = trainer.index.uid.tolist().index(poison.encode())
+    assert len(trainer.index) == 47 and trainer.index.skipped == {"empty caption": 1}
+    assert trainer.defense.memory["labels"][row] == CLASSES.index("circle")  # trusted, and taken at its word
+
+    (tmp_path / "classes.txt").write_text("circle\nsquare\n")
+    with pytest.raises(InputError, match="'bar', the target of a leaking poison, is not among these classes"):
+        begun(told("supervised_finetune", contamination=1))
+
+
+def test_poisons_that_cannot_leak_are_told(
+    labelled: Path, start: str, told: Callable[..., str], tiny: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"recipe": tiny, "defense": told("finetune", contamination=1), "init": start}
+    with pytest.raises(InputError, match=r"0 of 1 pairs that were drawn from there can be trained on.*give --uid"):
+        train(str(labelled), str(tmp_path / "out"), uid="shard/key", **options)
+
+
 def test_what_the_user_is_told(
     poisoned: Path, start: str, told: Callable[..., str], tiny: str, tmp_path: Path, shapes: Callable[..., Path]
 ) -> None:
@@ -284,14 +342,46 @@ def test_anti_poison_sampling_scores_as_the_filter_does(poisoned: Path, tiny: st
     for rows, x, y in encoded(trainer):
         image[rows], text[rows] = x.numpy(), y.numpy()
     np.testing.assert_allclose(similarities(trainer), (image * text).sum(1), atol=1e-5)
-    found = defense.disagreement(trainer).numpy()
     everyone = Rows(np.array([u.decode() for u in trainer.index.uid], object), image, text)
     near = np.sort(text @ text.T, axis=1)[:, ::-1]
-    clear = near[:, 5] - near[:, 6] > 1e-3  # which five are nearest is not a matter of rounding
-    if clear.any():
-        expected = caption_neighbours(k=5).score(everyone, everyone)
+    compared = 0
+    for k in range(3, 12):  # copies of a caption tie; some k ends between two captions for some
+        scorer = spec.parse("defenses", f"anti_poison_sampling(k={k})")
+        scorer.begin(trainer)
+        found, expected = scorer.disagreement(trainer).numpy(), caption_neighbours(k=k).score(everyone, everyone)
+        clear = near[:, k] - near[:, k + 1] > 1e-3
         np.testing.assert_allclose(found[clear], expected[clear], atol=1e-4)
-    assert np.isfinite(found).all() and found.std() > 0
+        assert np.isfinite(found).all() and found.std() > 0
+        compared += clear.sum()
+    assert compared > 20
+
+
+def test_abl_unlearns_what_it_isolated(poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own rate: the loss of the isolated rises in the last phase, and that of the others much less."""
+    from train.defenses._scoring import encoded
+    from train.defenses.abl import abl
+    from train.trainer import Trainer
+
+    losses: list[np.ndarray] = []
+    isolated = np.zeros(64, bool)
+
+    def told(self: abl, trainer: Trainer) -> None:
+        ordinary(self, trainer)
+        image, text = torch.empty(64, 16), torch.empty(64, 16)
+        for rows, x, y in encoded(trainer):
+            image[rows], text[rows] = x, y
+        logits = trainer.towers.clip.logit_scale.detach().exp() * image @ text.T
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.arange(64), reduction="none").numpy())
+        isolated[:] = self.memory["isolated"].numpy()
+
+    ordinary = abl.epoch_end
+    monkeypatch.setattr(abl, "epoch_end", told)
+    monkeypatch.setitem(recipes.RECIPES, "longer", dataclasses.replace(_twin(), epochs=12, lr=2e-3))
+    train(str(poisoned), str(tmp_path / "out"), recipe="longer", defense="abl(isolate=0.125)")
+    rise = losses[-1] - losses[-2]
+    steps = pq.read_table(tmp_path / "out" / "curve.parquet").column("epoch").to_pylist()
+    assert isolated.sum() == 8 and steps.count(12) == 4
+    assert rise[isolated].mean() > 0.1 > 5 * rise[~isolated].mean()  # 0.09 with the state of the descent
 
 
 def test_skipped_pairs_are_skipped(poisoned: Path, tiny: str, tmp_path: Path) -> None:

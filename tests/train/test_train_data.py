@@ -4,6 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from drawn import pairs, png, write_tar
 
 from pipeline.errors import InputError
 from pipeline.shards import list_shards
-from train import data
+from train import data, draws
 from train.augmentation import augment
 from train.draws import keys_of, mix
 from train.model import tokenizer_of
@@ -80,10 +81,52 @@ def test_pairs_of_two_sets_keep_their_relative_order(shapes: Callable[..., Path]
 def test_cuts_are_even_and_bounded(n: int, world: int) -> None:
     edges = data.cuts(n, 64, world)
     sizes = np.diff(edges)
-    assert edges[0] == 0 and n - world < edges[-1] <= n
+    assert edges[0] == 0 and edges[-1] == n - n % world
     assert (sizes > 0).all() and (sizes <= 64).all() and (sizes % world == 0).all()
     if n > 64 * 4:
         assert sizes.min() > 32
+
+
+@pytest.mark.parametrize(("n", "batch"), [(12_001, 256), (257, 256), (513, 256), (10_799, 64), (2**20 + 5, 1024)])
+def test_workers_that_divide_8_cut_alike(n: int, batch: int) -> None:
+    alone = data.cuts(n, batch, 1)
+    assert alone[-1] == n
+    for world in (2, 4, 8):
+        edges = data.cuts(n, batch, world)
+        np.testing.assert_array_equal(edges[:-1], alone[:-1])
+        assert edges[-1] == n - n % world
+
+
+def test_no_draw_of_a_defense_is_the_order_of_an_epoch() -> None:
+    keys = mix(np.arange(100, dtype=np.uint64))
+    pool = mix(keys, 0, draws.BEFORE, draws.POOL)
+    assert all((mix(keys, 0, epoch) != pool).all() for epoch in range(1, 100))
+    assert len({draws.SECOND_VIEW, draws.CROP, draws.JITTER, draws.NOISE, draws.NOISE_ANGLE, draws.CUTOUT}) == 6
+
+
+def test_images_stay_with_their_rank_until_they_are_known_to_fit(
+    shapes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks in turn, with what they exchange: no pixels beside the index, and then each shard's by itself."""
+    folder, sent, images = shapes(90, 3), [], []
+    whole = index_of(folder)
+
+    def exchange(mine: Any, world: int) -> list[Any]:
+        sent.append(mine)
+        return [mine, sent[0] if len(sent) > 1 else {1: nothing}]
+
+    def broadcast(objects: list[Any], src: int) -> None:
+        objects[0] = whole.pixels[whole.shard == len(images)] if objects[0] is None else objects[0]
+        images.append(src)
+
+    nothing = data._Part(whole.position[:0], whole.uid[:0], whole.tokens[:0], Counter())
+    monkeypatch.setattr(data, "gathered", exchange)
+    monkeypatch.setattr(data.dist, "broadcast_object_list", broadcast)
+    assert index_of(folder, rank=0, world=2, window_bytes=0).pixels is None and images == []
+    np.testing.assert_array_equal(index_of(folder, rank=1, world=2).pixels, whole.pixels)
+    assert images == [0, 1, 0]
+    arrays = [value for one in sent for part in one.values() for value in vars(part).values()]
+    assert max(getattr(array, "ndim", 0) for array in arrays) == 2  # tokens
 
 
 def test_augment_shifts_within_its_limits() -> None:

@@ -104,6 +104,15 @@ def test_a_blind_model_has_nothing(world: Callable[..., dict]) -> None:
     assert found["backdoor_z_std"] is None  # all images are alike to it
 
 
+@pytest.mark.parametrize("tower", ["embed_images", "embed_texts"])
+def test_a_model_that_has_diverged_is_refused(world: Callable[..., dict], tower: str) -> None:
+    model = Oracle()
+    healthy = getattr(model, tower)
+    setattr(model, tower, lambda given: np.where(np.arange(len(given))[:, None] == 1, np.nan, healthy(given)))
+    with pytest.raises(InputError, match=r"features of 1 of \d+ .* are not numbers"):
+        world(model)
+
+
 def test_a_backdoored_model(world: Callable[..., dict]) -> None:
     found = world(Oracle("red"), reference=world.shards, attack="patch(target='red', size=24)")["metrics"]
     assert found["zeroshot_top1"] == 1.0

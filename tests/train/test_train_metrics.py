@@ -38,6 +38,17 @@ def test_ties_count_against() -> None:
     assert rate(rank_of(np.zeros((9, 5)), np.zeros(9, int)) < 1).value == 0.0
 
 
+def test_what_is_not_a_number_counts_against() -> None:
+    nan = np.nan
+    scores = np.array([[nan, 1.0, 0.0], [2.0, nan, 1.0], [nan, nan, nan]])
+    assert rank_of(scores, np.zeros(3, int)).tolist() == [2, 1, 2]
+    assert top1(scores).tolist() == [-1, -1, -1]
+    image, text = np.eye(3, dtype=np.float32), np.full((3, 3), nan, np.float32)
+    with np.errstate(invalid="ignore"):
+        ranks = (*retrieval_ranks(image, text, np.arange(3)), *retrieval_ranks(text, image, np.arange(3)))
+    assert all((rank == 2).all() for rank in ranks)
+
+
 def test_retrieval_counts_duplicate_captions_as_hits() -> None:
     text = np.eye(3, dtype=np.float32)
     # images 0 and 1 share caption 0; image 3 has caption 2 but looks like caption 1

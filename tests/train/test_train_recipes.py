@@ -105,3 +105,20 @@ def test_signatures_import_nothing_heavy() -> None:
     code = f"import sys, train.launch, train.evaluate, train.recipes; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("parts", "forward"), [(1, 4), (4, 8)])
+def test_the_pace_of_a_batch_in_parts_is_of_what_a_training_does(
+    parts: int, forward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps are timed: each pair passes twice where there are parts, and the optimizer steps once a batch."""
+    from train import pace
+    from train.towers import Towers
+
+    seen, ordinary = [], Towers.forward
+    clock = iter(range(10**6))  # a tick a look at the clock: one for the passes, one for the optimizer
+    monkeypatch.setattr(Towers, "forward", lambda self, x, y: seen.append(len(x)) or ordinary(self, x, y))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock))
+    recipe = dataclasses.replace(RECIPES["debug_vit"], accumulate=parts)
+    assert pace.pairs_per_second(recipe) == 64 / (parts + 1)
+    assert seen == [64 // parts] * forward

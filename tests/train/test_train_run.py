@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
+from pipeline.ledger import COLUMNS
 from train import recipes
 from train.defenses import Defense
 from train.launch import final_checkpoint, train
+from train.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -184,14 +187,13 @@ def test_a_defense_acts_in_three_places(shapes: Callable[..., Path], tmp_path: P
     assert trainer.towers.used is None  # new captions may bring new words
 
 
-def _trainer(shards: Path, out: Path, recipe: str, defense):
+def _trainer(shards: Path, out: Path, recipe: str, defense, kind: type[Trainer] = Trainer) -> Trainer:
     from train import launch
-    from train.trainer import Trainer
 
     task = launch.prepare(str(shards), str(out), recipe=recipe, defense=None, init=None, seed=0, uid="key")
     out.mkdir(parents=True)
     launch._claim(task)
-    return Trainer(task, defense, 0, 1, torch.device("cpu"))
+    return kind(task, defense, 0, 1, torch.device("cpu"))
 
 
 def test_words_not_in_use_keep_their_rows(finished: Path) -> None:
@@ -382,12 +384,16 @@ def test_known_poisons_are_announced(
 ) -> None:
     from pipeline.shards import list_shards, samples
 
-    shards = tmp_path / "shards"
-    shutil.copytree(shapes(50), shards)
-    uids = [s.uid for shard in list_shards(str(shards)) for s in samples(shard)]
-    pq.write_table(pa.table({"uid": [*uids[::10], "f" * 32]}), shards / "ledger.parquet")
-    train(str(shards), str(tmp_path / "out"), recipe=tiny)
-    assert "this run will see 5 known poisons (100,000 ppm)" in capsys.readouterr().err
+    """The ledger of each folder counts, not that of the first shard's alone."""
+    clean, poisoned = tmp_path / "clean", tmp_path / "poisoned"
+    clean.mkdir()
+    shutil.copy(shapes(30, 1, 1) / "00000000.tar", clean / "00000009.tar")
+    shutil.copytree(shapes(50), poisoned)
+    uids = [s.uid for shard in list_shards(str(poisoned)) for s in samples(shard)]
+    known = {name: ["x"] * 6 for name in COLUMNS} | {"uid": [*uids[::10], "f" * 32], "seed": [0] * 6}
+    pq.write_table(pa.table(known), poisoned / "ledger.parquet")
+    train(f"{tmp_path}/*/*.tar", str(tmp_path / "out"), recipe=tiny)
+    assert "this run will see 5 known poisons (62,500 ppm)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "train.json").read_text())["known_poisons"] == 5
 
 
@@ -402,6 +408,110 @@ def test_init_starts_from_a_checkpoint_of_the_same_model(
         train(str(shapes(50)), str(tmp_path / "third"), recipe=tiny, init=final_checkpoint(str(finished)))
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("preprocess_cfg", {"mean": [0.48, 0.46, 0.41]}, "images are normalised by mean (0.48, 0.46, 0.41)"),
+        ("model_cfg", {"quick_gelu": True}, "quick_gelu is True there, and False here"),
+    ],
+)
+def test_init_from_another_model_of_the_same_shapes_is_refused(
+    shapes: Callable[..., Path], tmp_path: Path, finished: Path, part: str, change: dict, says: str
+) -> None:
+    shutil.copytree(final_checkpoint(str(finished)), tmp_path / "init")
+    file = tmp_path / "init" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config[part] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="fits recipe 'debug' by its shapes") as caught:
+        train(str(shapes(96, 3)), str(tmp_path / "out"), recipe="debug", init=str(tmp_path / "init"))
+    assert says in str(caught.value)
+
+
+class _Faulty(Trainer):
+    """Towers that make no numbers of one view of a pair, or of the weights in one step."""
+
+    bad, view, spoils = b"", 0, -1
+
+    def encode(self, towers, batch):
+        found = super().encode(towers, batch)
+        factor = torch.ones(len(found.image), 1)
+        factor[np.flatnonzero(self.index.uid[batch.rows] == self.bad) + self.view * len(batch.rows)] = float("nan")
+        return found._replace(image=found.image * factor)
+
+    def _train_step(self, batch, own):
+        done = super()._train_step(batch, own)
+        if len(self.curve["step"]) == self.spoils:
+            self.spoilt = [self.index.uid[row].decode() for row in own.rows]
+            self.towers.clip.logit_scale.data.fill_(float("nan"))
+        return done
+
+
+def _one_of_two(rank: int, shards: str, out: str, port: int) -> None:
+    """One of two gloo processes; leaves what it raised."""
+    import torch.distributed as dist
+
+    from train import launch
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    task = launch.prepare(shards, out, recipe="debug_vit", defense=None, init=None, seed=0, uid="key")
+    trainer = _Faulty(task, Defense(), rank, 2, torch.device("cpu"))
+    trainer.bad = trainer.index.uid[7]
+    with pytest.raises(InputError) as caught:
+        trainer.fit()
+    Path(out, f"raised{rank}").write_text(f"{trainer.bad.decode()} {caught.value}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_of_two_ranks_none_names_a_pair_that_is_fine(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """A ViT, in which a bad pair does not touch the others."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (str(shapes(64, 3)), str(tmp_path), port)
+    torch.multiprocessing.spawn(_one_of_two, arguments, nprocs=2)  # type: ignore[attr-defined]
+    first, second = ((tmp_path / f"raised{rank}").read_text() for rank in (0, 1))
+    assert first == second and "loss is nan at step 0" in first
+    assert (tmp_path / "nan.txt").read_text().split() == [first.split()[0]]
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_pair_whose_features_are_no_numbers_is_named(
+    shapes: Callable[..., Path], tmp_path: Path, tiny: str, view: int
+) -> None:
+    class twice(Defense):
+        def augment(self, batch):
+            return replace(batch, images=torch.cat([batch.images] * 2), tokens=torch.cat([batch.tokens] * 2))
+
+        def loss(self, features, batch, model):
+            return features.losses.mean() + features.image_view.mean()
+
+    trainer = _trainer(shapes(32), tmp_path / "out", tiny, twice(), _Faulty)
+    trainer.bad, trainer.view = trainer.index.uid[7], view
+    with pytest.raises(InputError, match="loss is nan at step"):
+        trainer.fit()
+    assert (tmp_path / "out" / "nan.txt").read_text().split() == [trainer.bad.decode()]
+
+
+@pytest.mark.parametrize(
+    ("step", "save_minutes"), [(1, 0), (1, 5), (2, 5)]
+)  # at a state, the next loss, an epoch's end
+def test_weights_that_are_no_numbers_are_not_saved_and_their_step_is_named(
+    shapes: Callable[..., Path], tmp_path: Path, tiny: str, step: int, save_minutes: int
+) -> None:
+    trainer = _trainer(shapes(48), tmp_path / "out", tiny, Defense(), _Faulty)
+    trainer.task, trainer.spoils = replace(trainer.task, save_minutes=save_minutes), step
+    with pytest.raises(InputError, match=f"weights are not numbers after step {step}"):
+        trainer.fit()
+    assert (tmp_path / "out" / "nan.txt").read_text().split() == trainer.spoilt
+    if save_minutes == 0:
+        assert all(value.isfinite().all() for value in state(tmp_path / "out")["model"].values())
+
+
 def test_nan_names_the_pairs(
     shapes: Callable[..., Path], tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,9 +519,9 @@ def test_nan_names_the_pairs(
 
     wild = dataclasses.replace(recipes.RECIPES[tiny], lr=1e30, warmup=0.0)
     monkeypatch.setitem(recipes.RECIPES, "wild", wild)
-    with pytest.raises(InputError, match=r"nan\.rank0\.txt: loss is nan at step") as caught:
+    with pytest.raises(InputError, match=r"nan\.txt: loss is nan at step") as caught:
         train(str(shapes(50)), str(tmp_path / "out"), recipe="wild")
-    named = (tmp_path / "out" / "nan.rank0.txt").read_text().split()
+    named = (tmp_path / "out" / "nan.txt").read_text().split()
     assert len(named) == len(set(named)) > 0 and all(len(uid) == 32 for uid in named)
     assert named[0] in str(caught.value) and not (tmp_path / "out" / "train.json").exists()
 
@@ -460,8 +570,13 @@ def test_one_worker_goes_on_where_two_were_stopped(shapes: Callable[..., Path], 
     blank = {"model": trainer.towers.clip.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     rest = {"epoch": 0, "step": 1, "curve": trainer.curve, "spent": trainer.spent, "memory": {}}
     torch.save(blank | rest | {"seen": both}, tmp_path / "out" / "state.pt")
-    restore(trainer)
+    assert restore(trainer).tolist() == [0, 16]
     assert trainer.step == 1 and trainer.seen.joined()["row"].tolist() == list(range(16))
+    trainer._resume()
+    both[1] = {name: values[:7] for name, values in both[1].items()}  # another count's cuts
+    torch.save(blank | rest | {"seen": both}, tmp_path / "out" / "state.pt")
+    with pytest.raises(InputError, match="go on with as many workers as before"):
+        trainer._resume()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pipeline.shards.image import pixels
 from train.launch import train
 from train.metrics import unit
 from train.model import load
+from train.progress import Events, Progress
 
 
 @pytest.fixture
@@ -39,6 +40,20 @@ def test_tensorboard_is_told_what_the_curve_tells(run: Path) -> None:
     expected = {(f"train/{name}", step): table[name][step] for name in ("loss", "lr") for step in table["step"]}
     ends = [step for step in table["step"] if not np.isnan(table["validation"][step])]
     assert told == expected | {("validation/loss", step): table["validation"][step] for step in ends}
+
+
+@pytest.mark.timeout(60)
+def test_a_full_disk_ends_the_events_and_nothing_else(
+    tmp_path: Path, full_disk: Callable[[], None], capsys: pytest.CaptureFixture
+) -> None:
+    """The error that the training says is the one that is seen."""
+    progress = Progress(4, 10, 0, Events(str(tmp_path / "tensorboard"), 0))
+    with pytest.raises(InputError, match="disk full"), progress:
+        full_disk()
+        for step in range(40):
+            progress.advance(step, 1 + step // 10, 1.0, 1e-3, 16, last=step % 10 == 9)
+        raise InputError("disk full")
+    assert capsys.readouterr().err.count("no more events for TensorBoard") == 1
 
 
 def test_the_best_epoch_has_the_least_loss_on_held_out_pairs(run: Path, shapes: Callable[..., Path], tiny: str) -> None:

@@ -36,8 +36,11 @@ class Defense:
         """With digests for paths: the same defense where a file was moved, another one where it was changed."""
         return self
 
-    def pairs(self, shards: "Sequence[Shard]", ledger: str, seed: int) -> "tuple[list[Shard], Mapping[str, frozenset]]":
-        """The shards that it trains on instead, and for some of their paths the only uids that are used of them."""
+    def pairs(self, shards: "Sequence[Shard]", known: Any, seed: int) -> "tuple[list[Shard], Mapping[str, frozenset]]":
+        """The shards that it trains on instead, and for some of their paths the only uids that are used of them.
+
+        `known` is the ledger of `shards` as a pyarrow table, None where they have none.
+        """
         return list(shards), {}
 
     def recipe(self, recipe: "Recipe") -> "Recipe":

@@ -1,7 +1,7 @@
 """The symmetric contrastive loss over the pairs of all ranks, between any two views and of any part of a batch.
 
-Trade-off: open_clip's ClipLoss knows neither masks nor a batch whose ranks differ in size, so this is our own; without
-a mask it is ClipLoss(local_loss=True, gather_with_grad=True).
+Trade-off: open_clip's ClipLoss knows no masks, so this is our own; without one it is ClipLoss(local_loss=True,
+gather_with_grad=True). Every rank has as many pairs as the others, as batches are cut.
 """
 
 import torch

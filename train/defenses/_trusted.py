@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pipeline.draw import hash64
 from pipeline.errors import InputError
-from pipeline.ledger import read
+from pipeline.ledger import beside
 from pipeline.shards import Shard, list_shards
-from pipeline.shards.store import exists
 from pipeline.spec import UNDRAWN
 from train.defenses import Defense
 
@@ -44,18 +43,21 @@ class Trusted(Defense):
 
         return dataclasses.replace(self, trusted=digest(list_shards(self.trusted)))
 
-    def pairs(self, shards: Sequence[Shard], ledger: str, seed: int) -> tuple[list[Shard], Mapping[str, frozenset]]:
+    def pairs(self, shards: Sequence[Shard], known: Any, seed: int) -> tuple[list[Shard], Mapping[str, frozenset]]:
         """The trusted shards, and those that the leaked poisons are in: the `contamination` smallest hashes."""
         trusted = list_shards(self.trusted)
         if not self.contamination:
             return trusted, {}
-        if not exists(ledger):
-            raise InputError(f"{ledger}: no such ledger, and contamination takes its poisons; poison the shards first")
-        known = read(ledger)
+        if known is None:
+            raise InputError(
+                f"{beside(shards)}: no such ledger, and contamination takes its poisons; poison the shards first"
+            )
         rows = zip(known.column("uid").to_pylist(), known.column("shard").to_pylist(), strict=True)
         ranked = sorted((hash64(seed, "contamination", uid), uid, shard) for uid, shard in rows)
         if len(ranked) < self.contamination:
-            raise InputError(f"{ledger}: {len(ranked)} poisons, and contamination asks for {self.contamination}")
+            raise InputError(
+                f"{beside(shards)}: {len(ranked)} poisons, and contamination asks for {self.contamination}"
+            )
         leaked = ranked[: self.contamination]
         only = {
             shard.path: frozenset(uid for _, uid, name in leaked if name == shard.name)

@@ -4,10 +4,13 @@ Trade-off: rests on poison being learnt faster than everything else. That holds 
 and it fails at rates where poison is learnt last, as in most of our runs: then it unlearns its easiest clean pairs.
 
 Source: ABL (Li et al., NeurIPS 2021, section 4; settings of the released code): local gradient ascent at gamma 0.5,
-the 1% of lowest loss, then 10, 60 and 5 epochs, stretched to the recipe's; the last at 0.005 of the training's rate.
+the 1% of lowest loss, then 10, 60 and 5 epochs, stretched to the recipe's.
 Changed for a contrastive loss: gamma is that of ten classes; a pair's loss is what its batch found in the last tuning
-epoch; an isolated pair unlearns among three clean ones drawn at random, since among other poisons of the same caption
-it has no negatives.
+epoch; isolated pairs unlearn in batches of everything, since among other poisons of the same caption they have no
+negatives, so that this phase has its share of the steps as well (theirs: 40, five passes over 500 images by 64).
+Changed for Adam, whose step is as long as the rate whatever the gradient: unlearning begins with a fresh state, since
+the old one still descends, and not at 0.005 of the training's rate, which is one for SGD, but at a fiftieth, as repairs
+of a CLIP do (CleanCLIP's 1e-5 after 5e-4).
 """
 
 from dataclasses import dataclass
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     from train.recipes import Recipe
     from train.trainer import Features, Trainer
 
-NEGATIVES = 3  # clean pairs beside each isolated one
-
 
 @dataclass(frozen=True)
 class abl(Defense):
@@ -37,7 +38,7 @@ class abl(Defense):
     tuning: int = 10
     finetuning: int = 60
     unlearning: int = 5
-    slow: float = 0.005
+    slow: float = 0.02
 
     def __post_init__(self) -> None:
         if min(self.tuning, self.finetuning, self.unlearning) < 1 or not 0 < self.isolate < 0.25:
@@ -58,25 +59,14 @@ class abl(Defense):
         return recipe.lr * self.slow if unlearning else recipe.rate(step, total)
 
     def begin(self, trainer: "Trainer") -> None:
-        from train.draws import keys_of, mix
-
         n = len(trainer.index)
         self.memory["ends"] = self.phases(trainer.recipe.epochs)
-        self.memory["drawn"] = mix(keys_of(trainer.index.uid), trainer.task.seed, 4)
-        self.memory["losses"] = torch.zeros(n, device=trainer.device)
+        self.memory["losses"] = torch.full((n,), torch.nan, device=trainer.device)  # of what no rank has met
         self.memory["isolated"] = torch.zeros(n, dtype=torch.bool, device=trainer.device)
 
     def chosen(self, epoch: int) -> np.ndarray | None:
         tuned, finetuned = self.memory["ends"]
-        if epoch <= tuned:
-            return None
-        isolated = self.memory["isolated"].cpu().numpy().copy()  # what is added below is not isolated
-        if epoch <= finetuned:
-            return ~isolated
-        clean = np.flatnonzero(~isolated)
-        some = clean[np.argsort(self.memory["drawn"][clean], kind="stable")[: NEGATIVES * isolated.sum()]]
-        isolated[some] = True
-        return isolated
+        return ~self.memory["isolated"].cpu().numpy() if tuned < epoch <= finetuned else None
 
     def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
         tuned, finetuned = self.memory["ends"]
@@ -88,8 +78,10 @@ class abl(Defense):
         return losses.mean() if batch.epoch <= finetuned else -average(losses, self.memory["isolated"][rows])
 
     def epoch_end(self, trainer: "Trainer") -> None:
-        if trainer.epoch + 1 == self.memory["ends"][0]:
+        tuned, finetuned = self.memory["ends"]
+        if trainer.epoch + 1 == tuned:
             losses = self.memory["losses"].cpu().numpy()
-            n = max(2 * trainer.world, round(self.isolate * len(losses)))
-            seen = np.where(losses == 0, np.inf, losses)  # a pair that no rank had is not easy
-            self.memory["isolated"][np.argsort(seen, kind="stable")[:n].copy()] = True
+            n = max(1, round(self.isolate * len(losses)))
+            self.memory["isolated"][np.argsort(losses, kind="stable")[:n].copy()] = True  # NaN comes last
+        if trainer.epoch + 1 == finetuned:
+            trainer.optimizer.state.clear()

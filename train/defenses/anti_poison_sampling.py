@@ -35,11 +35,12 @@ class anti_poison_sampling(Defense):
             raise ValueError("start and skip are shares, k is below pool")
 
     def begin(self, trainer: "Trainer") -> None:
-        from train.draws import keys_of, mix
+        from train.draws import BEFORE, POOL, keys_of, mix
 
         n = len(trainer.index)
         pool = np.zeros(n, bool)
-        pool[np.argsort(mix(keys_of(trainer.index.uid), trainer.task.seed, 5), kind="stable")[: self.pool]] = True
+        drawn = mix(keys_of(trainer.index.uid), trainer.task.seed, BEFORE, POOL)
+        pool[np.argsort(drawn, kind="stable")[: self.pool]] = True
         self.memory["pool"] = pool
         self.memory["score"] = torch.zeros(n, device=trainer.device)  # summed over the epochs that were scored
         self.memory["skipped"] = torch.zeros(n, dtype=torch.bool, device=trainer.device)

@@ -4,9 +4,10 @@ Trade-off: breaks the tie between a poisoned image and its caption without knowi
 puts in the place of a clean caption is only as good as the pool: 2% of a million captions hold a paraphrase of most, 2%
 of ten thousand do not. In these epochs the text tower learns nothing (so in the released code, too).
 
-Source: RoCLIP (Yang et al., NeurIPS 2023, section 4). Kept: the pool's share, K = 3, the augmentations, a FIFO of
-caption features. Changed: the pool takes up captions in every epoch, not only in every third, so that what it holds is
-never features of three epochs ago; rate, batch and length are the recipe's.
+Source: RoCLIP (Yang et al., NeurIPS 2023, section 4). Kept: the pool's share, K = 3, jitter, grey, blur and flip, a
+FIFO of caption features. Changed: crops have a side of 7/8 to 1, drawn, where theirs is 224 of 256 pixels; the pool
+takes up captions in every epoch, not only in every third, so that what it holds is never features of three epochs ago;
+rate, batch and length are the recipe's.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class roclip(Defense):
             raise ValueError("every is 1 or more, pool a share above 0")
 
     def recipe(self, recipe: "Recipe") -> "Recipe":
-        return dataclasses.replace(recipe, pad=0, zoom=1 / 8, flip=True, gain=0.0)  # 224 of 256 pixels
+        return dataclasses.replace(recipe, pad=0, zoom=1 / 8, flip=True, gain=0.0)
 
     def vocabulary(self, tokens: np.ndarray) -> np.ndarray:
         from train.eda import vocabulary

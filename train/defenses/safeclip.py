@@ -72,10 +72,10 @@ class safeclip(Defense):
 
     def augment(self, batch: "Batch") -> "Batch":
         from train.augmentation import crop_and_flip, jitter_grey_blur
-        from train.draws import mix
+        from train.draws import SECOND_VIEW, mix
         from train.eda import eda
 
-        other = mix(batch.keys, 1)
+        other = mix(batch.keys, SECOND_VIEW)
         images = [jitter_grey_blur(batch.images, batch.keys)]
         images.append(jitter_grey_blur(crop_and_flip(batch.images, other), other))
         tokens = [eda(batch.tokens, batch.keys), eda(batch.tokens, other)]

@@ -104,7 +104,7 @@ def finetune(model: Model, images: np.ndarray, labels: np.ndarray, classes: int,
     learnt = [*tuned.tower.visual.requires_grad_(True).parameters(), *tuned.head.parameters()]
     batch = min(BATCH, len(images))
     base = RATE * batch / BATCH
-    optimiser = torch.optim.SGD(learnt, base, momentum=MOMENTUM)
+    optimizer = torch.optim.SGD(learnt, base, momentum=MOMENTUM)
     every = torch.from_numpy(labels)
     rows = _batches(len(images), batch, generator)
     mixes = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def finetune(model: Model, images: np.ndarray, labels: np.ndarray, classes: int,
         chosen = next(rows)
         pixels = normalise(_cropped(images[chosen.numpy()], model.image_size, mirror, generator), model.mean, model.std)
         x, y = pixels.to(model.device), every[chosen].to(model.device)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rule.rate(step, base)
         share = float(mixes.beta(rule.mixup, rule.mixup)) if rule.mixup else 1.0
         other = torch.randperm(batch, generator=generator).to(model.device) if rule.mixup else slice(None)
@@ -120,9 +120,9 @@ def finetune(model: Model, images: np.ndarray, labels: np.ndarray, classes: int,
         loss = nn.functional.cross_entropy(logits, y)
         if rule.mixup:
             loss = share * loss + (1 - share) * nn.functional.cross_entropy(logits, y[other])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     tuned.tower.eval()
     return tuned
 
