@@ -130,7 +130,7 @@ def _evaluated(
     near = _near(model, task) if task.train and readouts else None
     answers: dict[str, Answers] = {}
     for name in dict.fromkeys(readouts) if near else ():
-        if name == "finetune":  # the same images are seen_by at again, with the tower that was fine-tuned
+        if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
             answers[name] = _answers(lambda logits: logits, seen_by(_tuned(task, model, seed)))
         elif near:
             fitted = readout(name).fit(*near, len(task.classes))
