@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.ledger import COLUMNS
 from pipeline.shards import list_shards, samples
 from train.updates import half_life, updates
 
@@ -51,7 +52,8 @@ def test_time_begins_at_the_last_poisoned_set() -> None:
 def test_a_chain_of_trainings(shapes: Callable[..., Path], tiny: str, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(shapes(64), tmp_path / "poisoned")
     uids = [s.uid for shard in list_shards(str(shapes(64))) for s in samples(shard)]
-    pq.write_table(pa.table({"uid": uids[:16]}), tmp_path / "poisoned" / "ledger.parquet")
+    known: dict[str, Any] = {name: ["x"] * 16 for name in COLUMNS} | {"uid": uids[:16], "seed": [0] * 16}
+    pq.write_table(pa.table(known), tmp_path / "poisoned" / "ledger.parquet")
     (tmp_path / "classes.txt").write_text("circle\nsquare\nbar\n")
     options: dict[str, Any] = {
         "shards": (str(tmp_path / "poisoned"), str(shapes(48, 2, 1)), str(shapes(48, 2, 2))),
