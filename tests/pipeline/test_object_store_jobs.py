@@ -36,6 +36,7 @@ def comparable(files: dict[str, bytes]) -> dict[str, object]:
         if name.endswith(".stats.json"):
             marker = json.loads(files[name])
             del marker["seconds"], marker["finished"], marker["input"]["tag"]
+            del marker["bytes"]  # none of a store, where files appear only whole
             out[name] = marker
         elif name == "plan.json":
             out[name] = {k: v for k, v in json.loads(files[name]).items() if k != "key"}
