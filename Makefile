@@ -22,7 +22,7 @@ debug: setup
 	.venv/bin/mithridate demo out/debug --size debug
 
 test: setup browser
-	$(PY) -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup browser
 	$(PY) -m pytest -m slow
