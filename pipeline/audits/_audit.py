@@ -39,7 +39,7 @@ class About:
     unrecorded: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """A finding before it has a file: `members` (uid, shard, group, caption, reason), the worst groups first.
 

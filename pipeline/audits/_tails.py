@@ -106,15 +106,16 @@ def report_tails(audit: str, whole: dict[str, Spread], marked: Marks, says: str,
         heavy = found.height > HEAVY * spread.n
         out.found.append(
             Found(
-                kind,
-                "note" if heavy else "warning",
-                f"{found.height:,} of {spread.n:,} pairs are far out in {name}: above {fence:.4g}, the highest "
+                kind=kind,
+                severity="note" if heavy else "warning",
+                title=f"{found.height:,} of {spread.n:,} pairs are far out in {name}: above {fence:.4g}, the highest "
                 f"{found['value'][0]:.4g}, half of all between {quartiles[0]:.4g} and {quartiles[2]:.4g}",
-                found.height,
-                spread.n,
-                ("So many that it is the score's own shape more than a group apart. " if heavy else "") + says,
-                source,
-                reasoned(found, pl.format("it has {}", pl.col("value").round(4))),
+                n=found.height,
+                of=spread.n,
+                explanation=("So many that it is the score's own shape more than a group apart. " if heavy else "")
+                + says,
+                source=source,
+                members=reasoned(found, pl.format("it has {}", pl.col("value").round(4))),
             )
         )
     names = ("score", "pairs", "unscored", "25%", "median", "75%", "99%", "highest", "fence", "above")

@@ -83,16 +83,16 @@ class caption_clusters:
             members = members.sort("size", "group", "uid", descending=[True, False, False])
             out.found.append(
                 Found(
-                    "tight",
-                    "severe",
-                    f"{members.height:,} pairs under {many(tight.height, 'caption')} show images that lie together, "
-                    f"the largest {members['size'][0]:,} times {short(members['group'][0])!r}",
-                    members.height,
-                    n,
-                    "One caption on one motif is a shortcut that a model learns like a planted trigger, also where no "
-                    "two images are copies.",
-                    "Huang et al., ICLR 2025 (natural backdoor in CC3M)",
-                    reasoned(members, pl.format("one of {} pairs with this caption and images alike", "size")),
+                    kind="tight",
+                    severity="severe",
+                    title=f"{members.height:,} pairs under {many(tight.height, 'caption')} show images that lie "
+                    f"together, the largest {members['size'][0]:,} times {short(members['group'][0])!r}",
+                    n=members.height,
+                    of=n,
+                    explanation="One caption on one motif is a shortcut that a model learns like a planted trigger, "
+                    "also where no two images are copies.",
+                    source="Huang et al., ICLR 2025 (natural backdoor in CC3M)",
+                    members=reasoned(members, pl.format("one of {} pairs with this caption and images alike", "size")),
                     keep=1,
                 )
             )

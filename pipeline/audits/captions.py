@@ -68,17 +68,17 @@ class captions:
         if floods.height:
             out.found.append(
                 Found(
-                    "flood",
-                    "warning",
-                    f"{floods.height:,} pairs have a caption that occurs {flood:,.0f} times or more: "
+                    kind="flood",
+                    severity="warning",
+                    title=f"{floods.height:,} pairs have a caption that occurs {flood:,.0f} times or more: "
                     f"{many(floods['group'].n_unique(), 'caption')}, the commonest ({short(floods['group'][0])!r}) "
                     f"{floods['size'][0]:,} times",
-                    floods.height,
-                    merged.n,
-                    "What is repeated word for word is learnt by heart: a target caption is planted like this, and "
-                    "file names, placeholders and product lines look like this without malice.",
-                    "Carlini & Terzis, ICLR 2022 (0.01% of captions suffice); Huang et al., ICLR 2025",
-                    reasoned(floods, pl.format("its caption occurs {} times", "size")),
+                    n=floods.height,
+                    of=merged.n,
+                    explanation="What is repeated word for word is learnt by heart: a target caption is planted like "
+                    "this, and file names, placeholders and product lines look like this without malice.",
+                    source="Carlini & Terzis, ICLR 2022 (0.01% of captions suffice); Huang et al., ICLR 2025",
+                    members=reasoned(floods, pl.format("its caption occurs {} times", "size")),
                     keep=1,
                 )
             )
@@ -86,16 +86,17 @@ class captions:
             widest = int(templates["size"][0])
             out.found.append(
                 Found(
-                    "template",
-                    "warning" if widest >= TEMPLATE_WARNING * merged.n else "note",
-                    f"{templates.height:,} captions are made from {many(templates['group'].n_unique(), 'template')}, "
-                    f"the commonest ({short(templates['group'][0])!r}) {widest:,} times",
-                    templates.height,
-                    merged.n,
-                    "Captions that differ in one word come from a machine: a shop's, or an attacker's who needs many "
-                    "different captions of one target.",
-                    "Carlini & Terzis, ICLR 2022 (poisoned captions from templates)",
-                    reasoned(templates, pl.format("{} captions differ in the blank of: {}", "size", "group")),
+                    kind="template",
+                    severity="warning" if widest >= TEMPLATE_WARNING * merged.n else "note",
+                    title=f"{templates.height:,} captions are made from "
+                    f"{many(templates['group'].n_unique(), 'template')}, the commonest "
+                    f"({short(templates['group'][0])!r}) {widest:,} times",
+                    n=templates.height,
+                    of=merged.n,
+                    explanation="Captions that differ in one word come from a machine: a shop's, or an attacker's who "
+                    "needs many different captions of one target.",
+                    source="Carlini & Terzis, ICLR 2022 (poisoned captions from templates)",
+                    members=reasoned(templates, pl.format("{} captions differ in the blank of: {}", "size", "group")),
                 )
             )
         for kind, frame in (("flood", floods), ("template", templates)):

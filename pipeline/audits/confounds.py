@@ -55,14 +55,15 @@ class confounds:
             return Report(unseen=[Unseen("confounds", why, remedy)])
         out.found.append(
             Found(
-                "known_poison",
-                "severe",
-                f"{merged.known:,} of {merged.n:,} pairs are poisons that a ledger knows of",
-                merged.known,
-                merged.n,
-                "This dataset was poisoned on purpose, to measure with. It must not be released as a clean one.",
-                "the ledger",
-                reasoned(found, pl.lit("the ledger names it")),
+                kind="known_poison",
+                severity="severe",
+                title=f"{merged.known:,} of {merged.n:,} pairs are poisons that a ledger knows of",
+                n=merged.known,
+                of=merged.n,
+                explanation="This dataset was poisoned on purpose, to measure with. It must not be released "
+                "as a clean one.",
+                source="the ledger",
+                members=reasoned(found, pl.lit("the ledger names it")),
             )
         )
         if len(merged.poisons) < FEWEST or len(merged.clean) < FEWEST:
@@ -86,14 +87,15 @@ class confounds:
             name, worst = max(leaks.items(), key=lambda item: item[1]["auroc_low"])
             out.found.append(
                 Found(
-                    "leak",
-                    "warning",
-                    f"Known poisons can be told from clean pairs by facts of {name} alone: AUROC {worst['auroc']:.2f} "
-                    f"({worst['auroc_low']:.2f}–{worst['auroc_high']:.2f})",
-                    merged.known,
-                    merged.n,
-                    "A detector that does well here may have learnt how the poisons were written and not the attack.",
-                    "ours (docs/results/confounds.md)",
+                    kind="leak",
+                    severity="warning",
+                    title=f"Known poisons can be told from clean pairs by facts of {name} alone: AUROC "
+                    f"{worst['auroc']:.2f} ({worst['auroc_low']:.2f}–{worst['auroc_high']:.2f})",
+                    n=merged.known,
+                    of=merged.n,
+                    explanation="A detector that does well here may have learnt how the poisons were written "
+                    "and not the attack.",
+                    source="ours (docs/results/confounds.md)",
                     remedy="mithridate probe {shards} PROBE",
                 )
             )

@@ -89,22 +89,33 @@ class conservation:
                 why += "download or its disk is at fault."
                 reason = reasoned(found, pl.lit(f"it has {what}"))
                 title = f"{found.height:,} of {many(n, 'pair')} {'have' if found.height > 1 else 'has'} {what}"
-                out.found.append(Found(kind, severity, title, found.height, n, why, "ours", reason))
+                out.found.append(
+                    Found(
+                        kind=kind,
+                        severity=severity,
+                        title=title,
+                        n=found.height,
+                        of=n,
+                        explanation=why,
+                        source="ours",
+                        members=reason,
+                    )
+                )
         repeated = groups(marked, "repeated", 2)
         if repeated.height:
             clashing = many(repeated["group"].n_unique(), "uid")
             out.found.append(
                 Found(
-                    "repeated",
-                    "severe" if about.images else "warning",
-                    f"{repeated.height:,} pairs share a uid with another: {clashing} in all",
-                    repeated.height,
-                    n,
-                    "Everything is joined by uid: scores, ledgers and keep-lists of one pair hold for the other too. "
-                    "Keys that repeat from shard to shard do this, and rows that were merged twice.",
-                    "ours",
-                    reasoned(repeated, pl.format("{} pairs have this uid", "size")),
-                    "mithridate audit {shards} OUT2 --uid shard/key" if about.images else None,
+                    kind="repeated",
+                    severity="severe" if about.images else "warning",
+                    title=f"{repeated.height:,} pairs share a uid with another: {clashing} in all",
+                    n=repeated.height,
+                    of=n,
+                    explanation="Everything is joined by uid: scores, ledgers and keep-lists of one pair hold for the "
+                    "other too. Keys that repeat from shard to shard do this, and rows that were merged twice.",
+                    source="ours",
+                    members=reasoned(repeated, pl.format("{} pairs have this uid", "size")),
+                    remedy="mithridate audit {shards} OUT2 --uid shard/key" if about.images else None,
                 )
             )
         return out
@@ -137,5 +148,16 @@ def _of_shards(about: About) -> list[Found]:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
             title = f"{len(names):,} of {all_of:,} shards {what}: {listed}"
             level: Severity = "severe" if severe else "note"
-            found.append(Found(kind, level, title, len(names), all_of, why, "ours", remedy=CHECK))
+            found.append(
+                Found(
+                    kind=kind,
+                    severity=level,
+                    title=title,
+                    n=len(names),
+                    of=all_of,
+                    explanation=why,
+                    source="ours",
+                    remedy=CHECK,
+                )
+            )
     return found

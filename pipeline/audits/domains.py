@@ -53,17 +53,17 @@ class domains:
             return out
         out.found.append(
             Found(
-                "concentrated",
-                "warning",
-                f"{n:,} pairs come from {many(len(table), 'domain')}, as if from {effective:,.1f} equal ones"
+                kind="concentrated",
+                severity="warning",
+                title=f"{n:,} pairs come from {many(len(table), 'domain')}, as if from {effective:,.1f} equal ones"
                 + (f": {tops}" if tops else ""),
-                found.height,
-                n,
-                "Who holds a domain decides what its URLs give when the dataset is downloaded next time; expired "
-                "domains are for sale. The fewer domains, the more each of them can change.",
-                "Carlini et al., S&P 2024 (split-view poisoning)",
-                found.with_columns(reason=pl.format("{} of all pairs are on {}", "size", "group")),
-                "mithridate verify {shards} --published METADATA --out PUBLISHED",
+                n=found.height,
+                of=n,
+                explanation="Who holds a domain decides what its URLs give when the dataset is downloaded next time; "
+                "expired domains are for sale. The fewer domains, the more each of them can change.",
+                source="Carlini et al., S&P 2024 (split-view poisoning)",
+                members=found.with_columns(reason=pl.format("{} of all pairs are on {}", "size", "group")),
+                remedy="mithridate verify {shards} --published METADATA --out PUBLISHED",
             )
         )
         return out

@@ -77,16 +77,16 @@ class duplicates:
             much = found.height > WARNING * merged.n or found["size"][0] > max(WARNING_COPIES * merged.n, 16)
             out.found.append(
                 Found(
-                    kind,
-                    "warning" if much else "note",
-                    f"{found.height:,} images in {many(first.height, 'group')} {what} ({how}), "
+                    kind=kind,
+                    severity="warning" if much else "note",
+                    title=f"{found.height:,} images in {many(first.height, 'group')} {what} ({how}), "
                     f"{found['size'][0]:,} in the largest group",
-                    found.height,
-                    merged.n,
-                    "Copies are learnt by heart and count several times in every statistic; placeholders of dead "
-                    "links, logos, and floods of one poisoned picture are copies.",
-                    "Webster et al. 2023 (30% of LAION-2B); Lee et al., ACL 2022",
-                    reasoned(found, pl.format(f"one of {{}} images {alike} ({how})", "size")),
+                    n=found.height,
+                    of=merged.n,
+                    explanation="Copies are learnt by heart and count several times in every statistic; placeholders "
+                    "of dead links, logos, and floods of one poisoned picture are copies.",
+                    source="Webster et al. 2023 (30% of LAION-2B); Lee et al., ACL 2022",
+                    members=reasoned(found, pl.format(f"one of {{}} images {alike} ({how})", "size")),
                     keep=1,
                 )
             )

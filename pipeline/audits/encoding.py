@@ -64,16 +64,18 @@ class encoding:
             widest = int(found["size"][0])
             out.found.append(
                 Found(
-                    "outlier",
-                    "warning" if widest >= max(LEAST, SHARE * merged.n) else "note",
-                    f"{found.height:,} of {merged.n:,} images and their records are encoded unlike the rest, "
+                    kind="outlier",
+                    severity="warning" if widest >= max(LEAST, SHARE * merged.n) else "note",
+                    title=f"{found.height:,} of {merged.n:,} images and their records are encoded unlike the rest, "
                     f"{'all' if widest == found.height else f'{widest:,}'} of them in one way",
-                    found.height,
-                    merged.n,
-                    "Who edits pictures writes them with tables, sizes and records of another program: many pairs "
-                    "in one unusual way were touched by one hand, be it an attacker's or another server's.",
-                    "Liu et al., ICDM 2008 (isolation forest)",
-                    reasoned(found, pl.format("score {} above {}", pl.col("value").round(3), pl.lit(round(fence, 3)))),
+                    n=found.height,
+                    of=merged.n,
+                    explanation="Who edits pictures writes them with tables, sizes and records of another program: "
+                    "many pairs in one unusual way were touched by one hand, be it an attacker's or another server's.",
+                    source="Liu et al., ICDM 2008 (isolation forest)",
+                    members=reasoned(
+                        found, pl.format("score {} above {}", pl.col("value").round(3), pl.lit(round(fence, 3)))
+                    ),
                 )
             )
         return out

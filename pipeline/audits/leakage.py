@@ -76,15 +76,15 @@ class leakage:
         if low > max(control, 0.5):
             out.found.append(
                 Found(
-                    "attribute",
-                    "warning" if low > WARNING else "note",
-                    f"Pairs with {_listed(self.words)} can be told from others by {family} alone: AUROC "
+                    kind="attribute",
+                    severity="warning" if low > WARNING else "note",
+                    title=f"Pairs with {_listed(self.words)} can be told from others by {family} alone: AUROC "
                     f"{auroc:.2f} ({low:.2f}–{high:.2f}), at most {control:.2f} with permuted labels",
-                    merged.named,
-                    merged.named + merged.other,
-                    "A model can take the colours or the shape of the image for the attribute, and so can a classifier "
-                    "that is trained to audit it; balancing the words does not take this away.",
-                    "Meister et al., ICCV 2023 (gender artifacts)",
+                    n=merged.named,
+                    of=merged.named + merged.other,
+                    explanation="A model can take the colours or the shape of the image for the attribute, and so can "
+                    "a classifier that is trained to audit it; balancing the words does not take this away.",
+                    source="Meister et al., ICCV 2023 (gender artifacts)",
                     remedy="mithridate audit {shards} OUT2 --attribute OTHER WORDS",
                 )
             )

@@ -61,16 +61,16 @@ class natural_backdoors:
             many, largest = members["group"].n_unique(), f"{short(members['caption'][0] or '')!r}"
             out.found.append(
                 Found(
-                    "near_identical" if is_severe else "near_identical_few",
-                    "severe" if is_severe else "note",
-                    f"{members.height:,} pairs in {many:,} {'clusters show' if many > 1 else 'cluster show'} nearly "
-                    f"the same image under one caption, the largest {members['size'][0]:,} times {largest}",
-                    members.height,
-                    merged.n,
-                    "Repeating one image with one caption teaches the model a shortcut from that motif to that text: "
-                    "a trigger that works like a planted one. 798 such pairs, 0.03% of CC3M, were enough.",
-                    "Huang et al., ICLR 2025 (natural backdoor in CC3M); Carlini & Terzis, ICLR 2022",
-                    reasoned(members, pl.format("one of {} nearly identical images with this caption", "size")),
+                    kind="near_identical" if is_severe else "near_identical_few",
+                    severity="severe" if is_severe else "note",
+                    title=f"{members.height:,} pairs in {many:,} {'clusters show' if many > 1 else 'cluster show'} "
+                    f"nearly the same image under one caption, the largest {members['size'][0]:,} times {largest}",
+                    n=members.height,
+                    of=merged.n,
+                    explanation="Repeating one image with one caption teaches the model a shortcut from that motif to "
+                    "that text: a trigger that works like a planted one. 798 such pairs, 0.03% of CC3M, were enough.",
+                    source="Huang et al., ICLR 2025 (natural backdoor in CC3M); Carlini & Terzis, ICLR 2022",
+                    members=reasoned(members, pl.format("one of {} nearly identical images with this caption", "size")),
                     keep=1,
                 )
             )

@@ -63,30 +63,32 @@ class split_view:
             worst = table.row(by_predicate=pl.col("domain") == found["group"][0], named=True)
             out.found.append(
                 Found(
-                    "swapped",
-                    "warning",
-                    f"{found.height:,} images of {many(found['group'].n_unique(), 'domain')} are not those whose hash "
-                    f"was published, on {short(worst['domain'])} {worst['unexplained']:,} of {worst['samples']:,}",
-                    found.height,
-                    n,
-                    "When a domain changes hands all its pictures change at once, and the new owner chooses what a "
-                    "dataset's captions are paired with. A server that encodes anew looks the same until the "
-                    "pictures are compared.",
-                    "Carlini et al., S&P 2024 (split-view poisoning)",
-                    reasoned(found, pl.format("its hash differs, like those of {} more pairs of {}", "size", "group")),
+                    kind="swapped",
+                    severity="warning",
+                    title=f"{found.height:,} images of {many(found['group'].n_unique(), 'domain')} are not those whose "
+                    f"hash was published, on {short(worst['domain'])} {worst['unexplained']:,} of {worst['samples']:,}",
+                    n=found.height,
+                    of=n,
+                    explanation="When a domain changes hands all its pictures change at once, and the new owner "
+                    "chooses what a dataset's captions are paired with. A server that encodes anew looks the same "
+                    "until the pictures are compared.",
+                    source="Carlini et al., S&P 2024 (split-view poisoning)",
+                    members=reasoned(
+                        found, pl.format("its hash differs, like those of {} more pairs of {}", "size", "group")
+                    ),
                 )
             )
         elif differ:
             out.found.append(
                 Found(
-                    "differs",
-                    "note",
-                    f"{differ:,} of {n:,} images are not those whose hash was published, spread over all domains",
-                    differ,
-                    n,
-                    "Servers encode anew, and downloaders that resize keep the original's hash: most differences are "
-                    "harmless.",
-                    "Carlini et al., S&P 2024 (5% of LAION's hashes differ)",
+                    kind="differs",
+                    severity="note",
+                    title=f"{differ:,} of {n:,} images are not those whose hash was published, spread over all domains",
+                    n=differ,
+                    of=n,
+                    explanation="Servers encode anew, and downloaders that resize keep the original's hash: most "
+                    "differences are harmless.",
+                    source="Carlini et al., S&P 2024 (5% of LAION's hashes differ)",
                     remedy="mithridate verify {shards} --published METADATA --out PUBLISHED",
                 )
             )

@@ -74,15 +74,16 @@ class triggers:
             first = usable.row(0, named=True)
             out.found.append(
                 Found(
-                    "physical",
-                    "note",
-                    f"{usable.height:,} of {len(table):,} common words could serve as physical triggers, first "
+                    kind="physical",
+                    severity="note",
+                    title=f"{usable.height:,} of {len(table):,} common words could serve as physical triggers, first "
                     f"of all {first['word']!r}, which occurs with {first['classes']:,} words that are never together",
-                    int(first["captions"]),
-                    n,
-                    "Captions that name such an object need only be relabelled, no pixel edited, to make the object "
-                    "a trigger. Every dataset has some; those that a target's captions name are worth a look.",
-                    "Wenger et al., NeurIPS 2022 (2206.10673)",
+                    n=int(first["captions"]),
+                    of=n,
+                    explanation="Captions that name such an object need only be relabelled, no pixel edited, to make "
+                    "the object a trigger. Every dataset has some; those that a target's captions name are worth a "
+                    "look.",
+                    source="Wenger et al., NeurIPS 2022 (2206.10673)",
                     remedy="mithridate validate-attack CONFIG OUT2  # with cooccurrence(…)",
                 )
             )

@@ -83,7 +83,16 @@ def made(folder: str, pairs: int, findings: int) -> tuple[Audited, dict[str, Fou
             }
         )
         kind, title = f"kind{number}", f"{n:,} pairs in {n // 25:,} groups look like another"
-        found[f"scores-{kind}"] = Found(kind, "warning", title, n, pairs, "What it may mean. " * 8, "Somebody", members)
+        found[f"scores-{kind}"] = Found(
+            kind=kind,
+            severity="warning",
+            title=title,
+            n=n,
+            of=pairs,
+            explanation="What it may mean. " * 8,
+            source="Somebody",
+            members=members,
+        )
         name = f"scores-{kind}"
         action = Removal("/data/crawl", folder).commands(name, f"{folder}/findings/{name}.parquet", 0)
         share, file = share_of(n, pairs), f"findings/{name}.parquet"

@@ -309,7 +309,19 @@ def test_a_gallery_shows_all_pairs_that_were_chosen_for_it(tmp_path):
     """Groups of 1000, 2 and 2: sixteen of the first, and the others whole."""
     rows = [(data.uid(i), "0", group, "caption", "why") for i, group in enumerate("a" * 1000 + "bbcc")]
     members = pl.DataFrame(rows, ["uid", "shard", "group", "caption", "reason"], orient="row")
-    found = {MANY: Found("near", "warning", "", 1004, 2000, "", "", members, keep=1)}
+    found = {
+        MANY: Found(
+            kind="near",
+            severity="warning",
+            title="",
+            n=1004,
+            of=2000,
+            explanation="",
+            source="",
+            members=members,
+            keep=1,
+        )
+    }
     source = Source(str(tmp_path), Inputs("", "", "", "key"), (), False)
     write_report(data.parts()["audited"], found, [], About({}, {}, {}, [], {}, True), source, False, None)
     assert (tmp_path / "report.html").read_text().count('<li class="tile"') == 20
