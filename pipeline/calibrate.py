@@ -1,19 +1,19 @@
 """Which detectors find poison in this dataset, and when are they to look? Asked with poison of our own.
 
-Canaries, known poisons of several families at a small dose, are put into a copy of the data; a model is trained on it,
-every detector scores at several of its epochs, and pipeline/choice.py picks and weights detectors by how well they find
-the canaries. Its recall on a family is reported by leave-one-family-out. What comes out is a policy for the data as it
-is, without a canary in it.
+Canaries, known poisons of one attack at the dose that is feared, are put into a copy of the data; a model is trained on
+it, and every detector scores at several of its epochs. So for each attack; then pipeline/choice.py picks and weights
+detectors by how well they find the canaries of all. Its recall on a family is reported by leave-one-family-out. What
+comes out is a policy for the data as it is, without a canary in it.
 
-Trade-off: a training and a scoring that yield nothing but a rule; without them a detector is chosen by the numbers of
-other people's data. Canaries that the model has learnt look like learnt poison, so a dose at which the attacks work
-(`validate-attack`) is the honest one. All families are learnt by one model and may be in one pool, which a single
-attacker's would not be. A detector may know canaries by how they were injected rather than by what they do (a published
-hash that no longer fits, another encoding; `probe` tells): offer only such as an attacker could not avoid.
+Trade-off: a training and a scoring for each attack that yield nothing but a rule; without them a detector is chosen by
+the numbers of other people's data. Canaries that the model has learnt look like learnt poison, so a dose at which the
+attacks work (`validate-attack`) is the honest one. A detector may know canaries by how they were injected rather than
+by what they do (a published hash that no longer fits, another encoding; `probe` tells): offer only such as an attacker
+could not avoid.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from pipeline.shards import Shard, UidRule, list_shards
 from pipeline.shards.store import absolute, write
 from train.metrics import Rate
 
-OTHERS = 50_000  # pairs besides the canaries that the choice looks at, each for its share of all
-FEW = 30  # canaries of a family, below which its recall says little
+OTHERS = 50_000  # pairs besides an attack's canaries that the choice looks at, each for its share of all
+FEW = 30  # canaries of an attack, below which its recall says little
 
 
 def calibrate(
@@ -58,16 +58,18 @@ def calibrate(
     seed: int = 0,
     uid: UidRule = "key",
 ) -> int:
-    """Choose detectors, weights and the time to score for SHARDS by known poisons in a copy of them; resumable.
+    """Choose detectors, weights and the time to score for SHARDS by known poisons in copies of them; resumable.
+
+    Trains a model for each attack.
 
     Writes OUT/calibration.json (the policy), OUT/recall.parquet and OUT/calibration.md.
 
     Args:
         shards: folder, glob, brace pattern or list file of .tar or .parquet shards.
-        out: local folder for the copy with canaries, its model and scores, and the result.
+        out: local folder for the result, and for each attack's copy with canaries, its model and scores.
         detectors: to choose from, e.g. "slof(k=16)" clip_score; see `mithridate list detectors`.
         attacks: one or more of each family; what they have in name is a family, of an attack around another its inner.
-        dose: of all canaries together: a number of pairs (300), 100ppm or 1%.
+        dose: of each attack's canaries: a number of pairs (300), 100ppm or 1%.
         recipe: how the model is trained; `mithridate list recipes` shows them.
         epochs: after which to score; default: all of which the recipe keeps a checkpoint.
         drop: share removed at which recall is to be best.
@@ -79,24 +81,27 @@ def calibrate(
     job = _Calibration(
         absolute(shards), Path(out).absolute(), detectors, attacks, dose, recipe, epochs, drop, most, pool, seed, uid
     )
-    job.check()
-    job.make_scores()
-    table, folders = job.table()
-    found = _choose(table, drop, most)
+    trials = job.check()
+    for trial in trials:
+        trial.poison()
+    for trial in trials:
+        trial.make_scores()
+    tables, folders = [trial.table() for trial in trials], trials[0].folders()
+    found = _choose(tables, drop, most)
     used = {name.partition(":")[0] for name in found.rule.detectors}
     facts = {
         "policy": found.rule.policy(drop),
         "scores": [one for one in folders if one["folder"] in used],
-        "pairs": round(table.pairs),
-        "canaries": int((table.family != "").sum()),
+        "pairs": round(tables[0].pairs),
+        "canaries": {table.attack: int(table.canary.sum()) for table in tables},
         "removed": _shares(drop),
         "held_out": [asdict(one) for one in found.held_out],
         "spec": {**asdict(job), "out": ""},
         "code": code_digest(),
     }
     write(str(job.out / "calibration.json"), json.dumps(facts, indent=1).encode())
-    write_rows(job.out / "recall.parquet", _rows(table, found, folders, drop))
-    said = markdown(table, found, drop)
+    write_rows(job.out / "recall.parquet", _rows(tables, found, folders, drop))
+    said = markdown(tables, found, drop)
     write(str(job.out / "calibration.md"), said.encode())
     print(said)
     return 0
@@ -104,7 +109,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Calibration:
-    """The arguments, and the stages up to the scores; each is a verb that finds what it did before."""
+    """The arguments."""
 
     shards: str
     out: Path
@@ -119,12 +124,8 @@ class _Calibration:
     seed: int
     uid: UidRule
 
-    @property
-    def canaries(self) -> str:
-        return str(self.out / "canaries")
-
-    def check(self) -> None:
-        """Everything that can be wrong is found before the first hour is spent."""
+    def check(self) -> list["_Trial"]:
+        """A trial for each attack; everything that can be wrong is found before the first hour is spent."""
         list_shards(self.shards)
         Dose.parse(self.dose)
         at_least_one("--detectors", self.detectors)
@@ -133,15 +134,12 @@ class _Calibration:
         families = {spec.innermost(text) for text in self.attacks}
         if len(families) < 2:
             raise InputError(f"--attacks: of two families at least, for one is left out; here is {', '.join(families)}")
-        spec.parse("attacks", self._attack)
+        attacks = dict.fromkeys(spec.text(spec.parse("attacks", text)) for text in self.attacks)
         for entry in map(_detector, self.detectors):
             if "poisoned" in entry.needs:
                 raise InputError(f"{spec.text(entry)} reads the ledger: it would find every canary and nothing else")
-        self.when()
-
-    @property
-    def _attack(self) -> str:
-        return f"multi(attacks={tuple(self.attacks)!r})"
+        when = self.when()
+        return [_Trial(self, attack, when) for attack in attacks]
 
     def looked(self) -> list[int]:
         """Epochs whose checkpoints are looked at."""
@@ -168,79 +166,96 @@ class _Calibration:
             raise InputError("--detectors: those that compare two checkpoints need two --epochs")
         return found
 
+
+@dataclass(frozen=True)
+class _Trial:
+    """The canaries of one attack, up to their scores; each stage is a verb that finds what it did before."""
+
+    job: _Calibration
+    attack: str
+    when: dict[int, tuple[str, ...]]
+
+    @property
+    def folder(self) -> Path:
+        return self.job.out / f"{spec.innermost(self.attack)}-{spec.digest(self.attack)}"
+
+    @property
+    def canaries(self) -> str:
+        return str(self.folder / "canaries")
+
+    def poison(self) -> None:
+        """Put the canaries into a copy of the data."""
+        drawn = {"dose": self.job.dose, "seed": self.job.seed}
+        self._stage("canaries", poison, self.job.shards, self.canaries, attack=self.attack, **drawn)
+        if not self._known():
+            raise InputError(
+                f"--dose {self.job.dose}: there is no canary of {self.attack}; take a larger dose, or an attack that "
+                "the data has pairs for"
+            )
+
     def make_scores(self) -> None:
-        """Poison, train, embed and score."""
+        """Train, embed and score."""
         from train.launch import train
 
-        def stage(name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
-            run_stage("calibrate", name, "", verb, *arguments, **options)
-
-        model = self.out / "model"
-        stage("canaries", poison, self.shards, self.canaries, attack=self._attack, dose=self.dose, **self._drawn())
-        if len(found := set(self.family().values())) < 2:
-            raise InputError(
-                f"--dose {self.dose}: the canaries are of {len(found)} family, and one is to be left out; take a "
-                "larger dose, or attacks that the data has pairs for"
-            )
-        stage("train", train, self.canaries, str(model), recipe=self.recipe, **self._drawn())
-        when, before = self.when(), ""
-        embedding = {*EMBEDDED, *EARLIER} & {need for text in self.detectors for need in _detector(text).needs}
-        for epoch in self.looked():
-            embeddings = str(self.out / f"embeddings-{epoch:03d}")
+        model = self.folder / "model"
+        self._stage("train", train, self.canaries, str(model), recipe=self.job.recipe, seed=self.job.seed)
+        before = ""
+        embedding = {*EMBEDDED, *EARLIER} & {need for text in self.job.detectors for need in _detector(text).needs}
+        for epoch in self.job.looked():
+            embeddings = str(self.folder / f"embeddings-{epoch:03d}")
             if embedding:
                 checkpoint = str(model / "checkpoints" / f"epoch_{epoch:03d}")
-                stage(f"embed epoch {epoch}", embed, self.canaries, embeddings, checkpoint=checkpoint, uid=self.uid)
-            if epoch in when:
+                self._stage(f"embed epoch {epoch}", embed, self.canaries, embeddings, checkpoint=checkpoint)
+            if epoch in self.when:
                 folders = {"embeddings": embeddings, "earlier": before or None, "traces": str(model / "traces")}
-                options = {"detector": when[epoch], "pool": self.pool, **folders, **self._drawn()}
-                stage(f"score epoch {epoch}", score, self.canaries, self.scores(epoch), **options)
+                options = {"detector": self.when[epoch], "pool": self.job.pool, "seed": self.job.seed, **folders}
+                self._stage(f"score epoch {epoch}", score, self.canaries, self._scores(epoch), **options)
             before = embeddings
 
-    def scores(self, epoch: int) -> str:
-        return str(self.out / scores_folder(epoch))
-
-    def table(self) -> tuple[Canaries, list[dict[str, Any]]]:
-        """What the choice is made of, and where each score comes from."""
-        when = self.when()
-        scored = Scored(tuple(map(self.scores, when)))
-        folders = [
-            {"folder": scored.called(self.scores(epoch)), "epoch": epoch, "detectors": names}
-            for epoch, names in when.items()
+    def folders(self) -> list[dict[str, Any]]:
+        """Where each score comes from; of all attacks the same."""
+        return [
+            {"folder": scores_folder(epoch), "epoch": epoch, "detectors": names} for epoch, names in self.when.items()
         ]
-        return collect(scored, list_shards(self.canaries), self.family(), self.seed), folders
 
-    def family(self) -> dict[str, str]:
-        """Of each canary."""
-        known = ledger.read(ledger.ledger_path(self.canaries))
-        return {who: spec.innermost(text) for who, text in zip(*_pair(known, "uid", "attack"), strict=True)}
+    def table(self) -> Canaries:
+        """What the choice is made of."""
+        scored = Scored(tuple(map(self._scores, self.when)))
+        return collect(scored, list_shards(self.canaries), self.attack, self._known(), self.job.seed)
 
-    def _drawn(self) -> dict[str, Any]:
-        return {"seed": self.seed, "uid": self.uid}
+    def _known(self) -> set[str]:
+        return ledger.poisoned_uids(ledger.ledger_path(self.canaries))
+
+    def _scores(self, epoch: int) -> str:
+        return str(self.folder / scores_folder(epoch))
+
+    def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
+        run_stage("calibrate", name, f"  ({self.attack})", verb, *arguments, uid=self.job.uid, **options)
 
 
-def collect(scored: Scored, shards: Sequence[Shard], family: dict[str, str], seed: int) -> Canaries:
+def collect(scored: Scored, shards: Sequence[Shard], attack: str, canaries: Collection[str], seed: int) -> Canaries:
     """Scores of all canaries, and of about OTHERS other pairs, drawn by uid."""
     names = [shard.name for shard in shards]
     total = sum(len(part["uid"]) for part in scored.passes(names))
-    clean = total - len(family)
-    share = min(1.0, OTHERS / max(clean, 1))
+    share = min(1.0, OTHERS / max(total - len(canaries), 1))
     parts, columns = [], []
     for part in scored.passes(names):
         who = part.pop("uid")
-        taken = [uid in family or hash64(seed, "calibrate", uid) < share * 2**64 for uid in who]
+        taken = [uid in canaries or hash64(seed, "calibrate", uid) < share * 2**64 for uid in who]
         columns = list(part)
         parts.append((who[taken], np.stack([part[name][taken] for name in columns], axis=1)))
     uid, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    families = np.asarray([family.get(who, "") for who in uid], dtype=object)
-    others = int((families == "").sum())
-    return Canaries(tuple(columns), scores, families, uid, (total - len(uid) + others) / max(others, 1))
+    canary = np.asarray([who in canaries for who in uid])
+    others = int((~canary).sum())
+    return Canaries(attack, tuple(columns), scores, canary, uid, (total - len(uid) + others) / max(others, 1))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the rule that was chosen without a family finds of it, by share removed; and the best single detector."""
+    """What the rule that was chosen without a family finds of an attack of it; and the best single detector."""
 
     family: str
+    attack: str
     n: int
     policy: str
     recall: tuple[Rate, ...]
@@ -256,19 +271,23 @@ class Found:
     held_out: tuple[HeldOut, ...]
 
 
-def _choose(table: Canaries, drop: float, most: int) -> Found:
-    several, single = held_out(table, drop, most), held_out(table, drop, 1)
+def _choose(tables: Sequence[Canaries], drop: float, most: int) -> Found:
+    several, single = held_out(tables, drop, most), held_out(tables, drop, 1)
     told, shares = [], _shares(drop)
-    for family, rule in several.items():
-        recall, alone = (table.recalls(one, family, shares) for one in (rule, single[family]))
-        (name,) = single[family].detectors
-        told.append(HeldOut(family, recall[0].n, rule.policy(drop), recall, name, alone))
-    return Found(choose(table, table.families, drop, most), tuple(told))
+    for table in tables:
+        rule, alone = several[table.family], single[table.family]
+        (name,) = alone.detectors
+        recall = table.recalls(rule, shares)
+        about = (table.family, table.attack, recall[0].n, rule.policy(drop))
+        told.append(HeldOut(*about, recall, name, table.recalls(alone, shares)))
+    return Found(choose(tables, drop, most), tuple(told))
 
 
-def _rows(table: Canaries, found: Found, folders: Sequence[dict[str, Any]], drop: float) -> list[dict[str, Any]]:
+def _rows(
+    tables: Sequence[Canaries], found: Found, folders: Sequence[dict[str, Any]], drop: float
+) -> list[dict[str, Any]]:
     epochs, shares = {one["folder"]: one["epoch"] for one in folders}, _shares(drop)
-    rules = [("detector", Rule((name,))) for name in table.columns]
+    rules = [("detector", Rule((name,))) for name in tables[0].columns]
     rules.append(("chosen on all families", found.rule))
     rows = []
     for how, rule in rules:
@@ -276,12 +295,13 @@ def _rows(table: Canaries, found: Found, folders: Sequence[dict[str, Any]], drop
         single = how == "detector"
         about: dict[str, Any] = {"how": how, "rule": detector if single else rule.policy(drop)}
         about["epoch"] = epochs[folder] if single else None
-        for family in table.families:
-            rates = zip(shares, table.recalls(rule, family, shares), strict=True)
-            rows += [about | _row(family, share, rate) for share, rate in rates]
+        for table in tables:
+            rates = zip(shares, table.recalls(rule, shares), strict=True)
+            rows += [about | _row(table.family, table.attack, share, rate) for share, rate in rates]
     for one in found.held_out:
         about = {"how": "chosen without this family", "rule": one.policy, "epoch": None}
-        rows += [about | _row(one.family, share, rate) for share, rate in zip(shares, one.recall, strict=True)]
+        rates = zip(shares, one.recall, strict=True)
+        rows += [about | _row(one.family, one.attack, share, rate) for share, rate in rates]
     return rows
 
 
@@ -289,34 +309,34 @@ def _shares(drop: float) -> list[float]:
     return sorted({*BUDGETS, drop})
 
 
-def _row(family: str, share: float, rate: Rate) -> dict[str, Any]:
-    return {"family": family, "removed": share, "recall": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+def _row(family: str, attack: str, share: float, rate: Rate) -> dict[str, Any]:
+    about = {"family": family, "attack": attack, "removed": share}
+    return about | {"recall": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
 
 
-def markdown(table: Canaries, found: Found, drop: float) -> str:
+def markdown(tables: Sequence[Canaries], found: Found, drop: float) -> str:
     """The policy, what may be expected of it, and what each detector alone finds."""
-    canaries = int((table.family != "").sum())
+    most = max(int(table.canary.sum()) for table in tables)
     lines = [
         f"Policy for the data without canaries: `{found.rule.policy(drop)}`",
         "",
-        f"{canaries:,} canaries of {len(table.families)} families are {canaries / table.pairs:.2%} of "
-        f"{round(table.pairs):,} pairs. Each family is ranked without the others, as if it were the only poison; at a "
-        "share removed below its own not all of it can be found.",
+        f"Of each attack up to {most:,} canaries, {most / tables[0].pairs:.2%} of {round(tables[0].pairs):,} pairs, in "
+        "a copy and a model of its own; at a share removed below that not all of them can be found.",
         "",
-        "Recall on each family by the rule that was chosen without it, with 95% intervals:",
+        "Recall on each attack by the rule that was chosen without its family, with 95% intervals:",
         "",
-        *_head("family | canaries", *(f"{share:.1%} removed" for share in _shares(drop)), f"best single at {drop:.1%}"),
+        *_head("attack | canaries", *(f"{share:.1%} removed" for share in _shares(drop)), f"best single at {drop:.1%}"),
     ]
     at = _shares(drop).index(drop)
     for one in found.held_out:
-        cells = [one.family, f"{one.n:,}", *map(_said, one.recall), f"{_said(one.single_recall[at])} `{one.single}`"]
-        lines.append(f"| {' | '.join(cells)} |")
-    if few := [one.family for one in found.held_out if one.n < FEW]:
+        cells = [f"`{one.attack}`", f"{one.n:,}", *map(_said, one.recall)]
+        lines.append(f"| {' | '.join([*cells, f'{_said(one.single_recall[at])} `{one.single}`'])} |")
+    if few := [f"`{one.attack}`" for one in found.held_out if one.n < FEW]:
         lines += ["", f"Fewer than {FEW} canaries, so little can be said: {', '.join(few)}."]
-    lines += ["", "What each detector alone finds (families that were seen, so the best of them is partly luck):", ""]
-    lines += _head("detector", *(f"{family} at {drop:.1%}" for family in table.families))
-    for name in table.columns:
-        rates = [table.recalls(Rule((name,)), family, (drop,))[0] for family in table.families]
+    lines += ["", "What each detector alone finds (attacks that were seen, so the best of them is partly luck):", ""]
+    lines += _head("detector", *(f"`{table.attack}` at {drop:.1%}" for table in tables))
+    for name in tables[0].columns:
+        rates = [table.recalls(Rule((name,)), (drop,))[0] for table in tables]
         lines.append(f"| `{name}` | {' | '.join(map(_said, rates))} |")
     return "\n".join([*lines, ""])
 
@@ -332,10 +352,6 @@ def _said(rate: Rate) -> str:
 
 def _detector(text: str) -> Any:
     return spec.parse("detectors", text)
-
-
-def _pair(table: Any, *names: str) -> list[list[Any]]:
-    return [table.column(name).to_pylist() for name in names]
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ def _forms(name: str) -> tuple[str, str, str, str]:
 
 
 def ordered(scores: np.ndarray) -> np.ndarray:
-    """uint64[n] of 32 bits that sort like the scores; NaN is as high as infinity."""
-    bits = np.where(np.isnan(scores), np.float32(np.inf), scores).astype(np.float32).view(np.uint32).astype(np.uint64)
+    """uint64[n] of 32 bits that sort like the scores; NaN is as high as infinity, -0 as 0."""
+    values = np.where(np.isnan(scores), np.float32(np.inf), scores).astype(np.float32) + np.float32(0)
+    bits = values.view(np.uint32).astype(np.uint64)
     negative = bits >> np.uint64(31) == 1
     return np.where(negative, ~bits & np.uint64(0xFFFFFFFF), bits | np.uint64(0x80000000))
 

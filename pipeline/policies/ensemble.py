@@ -80,4 +80,9 @@ class ensemble:
 def combined(p: np.ndarray, weights: Sequence[float], combine: Combine) -> np.ndarray:
     """float[n], higher = more suspicious, of p-values float[n, detectors]."""
     share = np.asarray(weights, np.float64) / np.sum(weights)
-    return -np.log(p) @ share if combine == "mean" else (np.log(share) - np.log(p)).max(axis=1)
+    if combine == "min":
+        return (np.log(share) - np.log(p)).max(axis=1)
+    total = np.zeros(len(p))  # one detector after the other: a matrix product may round equal rows differently
+    for values, weight in zip(p.T, share, strict=True):
+        total -= weight * np.log(values)
+    return total

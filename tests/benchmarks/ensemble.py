@@ -1,65 +1,88 @@
 """Does a rule that canaries chose find attacks of a family that they were not of?
 
-    python -m tests.benchmarks.ensemble CONFIG OUT CALIBRATION [CALIBRATION …]
+    python -m tests.benchmarks.ensemble CONFIG OUT
 
-OUT is of `mithridate loop CONFIG OUT`, each CALIBRATION of `mithridate calibrate` with the same detectors at the same
-epochs; the i-th belongs to the i-th seed. The models that rules are chosen on have met every canary family at once,
-those that they are judged on one attack alone. To each attack the rule is applied that was chosen without its family;
-beside it the rule chosen on all families, the best single detector without the family, and random removal.
+OUT is of `mithridate loop CONFIG OUT`, with two seeds or more. As `mithridate calibrate` does, rules are chosen on one
+attack of each family (CANARIES), each through a model of its own, at the dose of the config: on the runs of one seed.
+They are judged on the runs of the next one: other poisons, other weights, another order. To each attack the rule is
+applied that was chosen without its family; beside it the rule chosen on all families, the best single detector without
+the family, and random removal. Once with all detectors and once without COUNTING, whose success is a fact of this data
+as much as of the attacks.
 """
 
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline import ledger, spec
 from pipeline.calibrate import collect
-from pipeline.choice import Canaries, Rule
+from pipeline.choice import Canaries, Rule, choose, held_out
 from pipeline.config import Config
-from pipeline.policies._select import column
 from pipeline.runs import Run
 from pipeline.scored import Scored
 from pipeline.shards import list_shards
 from tests.benchmarks.detectors import over_seeds
 
-DROP = 0.1
-RANDOM = "random(seed=0)"
-RULES: dict[str, Callable[[dict[str, Any], str], Rule]] = {
-    "ensemble, family held out": lambda found, family: _rule(_held_out(found, family)["policy"]),
-    "best single detector, family held out": lambda found, family: Rule((_held_out(found, family)["single"],)),
-    "ensemble, all families": lambda found, _: _rule(found["policy"]),
-    "random": lambda *_: Rule((RANDOM,)),
-}
+DROP, MOST = 0.1, 4
+CANARIES = (
+    "patch(target='banana', size=48)",
+    "blended(target='banana', pattern='stripes')",
+    "sig(target='banana')",
+    "targeted(target='banana', images=16)",
+    "word(target='woman', words='as seen on the moon')",
+)
+REFERENCES = ("random", "oracle")
+COUNTING = (
+    "caption_frequency",
+    "caption_template",
+    "image_copies",
+    "image_duplicates",
+    "recurring_patch",
+    "frequency_residue",
+    "encoding_outlier",
+    "text_based",
+)
+Rates = dict[str, list[tuple[float, float, float]]]  # by attack: recall and its interval, a seed after the other
 
 
-def main(config: str, out: str, *calibrations: str) -> None:
-    """Print recall at DROP removed, by attack and rule, with an interval over seeds and poisons; and the rules."""
+def main(config: str, out: str) -> None:
+    """Print recall at DROP removed, by rule and attack, with an interval over seeds and poisons; and the rules."""
     plan = Config.read(config)
-    found = [json.loads(Path(folder, "calibration.json").read_text()) for folder in calibrations]
-    lines: dict[str, list[str]] = {name: [] for name in RULES}
-    worst = dict.fromkeys(RULES, 1.0)
-    for attack in plan.attacks:
-        rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in RULES}
-        for seed, chosen in zip(plan.seeds, found, strict=True):
-            table, family = _table(plan, attack, seed, out), spec.innermost(attack)
-            for name, rule in RULES.items():
-                (rate,) = table.recalls(_named(rule(chosen, family), table), family, (DROP,))
-                rates[name].append((float(rate.value or 0), float(rate.low or 0), float(rate.high or 0)))
-        for name, found_here in rates.items():
-            mean, low, high = over_seeds(found_here)
-            worst[name] = min(worst[name], mean)
-            lines[name].append(f"{mean:.3f} ({low:.2f}–{high:.2f})")
-    print(f"| rule | worst | {' | '.join(f'`{attack}`' for attack in plan.attacks)} |")
-    print("|---|---|" + "---|" * len(plan.attacks))
-    for name, cells in lines.items():
-        print(f"| {name} | {worst[name]:.3f} | {' | '.join(cells)} |")
-    for seed, chosen in zip(plan.seeds, found, strict=True):
-        print(f"\nSeed {seed}, all families: `{chosen['policy']}`")
-        for one in chosen["held_out"]:
-            print(f"- without {one['family']}: `{one['policy']}`")
+    tables = {seed: [_table(plan, attack, seed, out) for attack in plan.attacks] for seed in plan.seeds}
+    for title, left_out in (("All detectors", REFERENCES), ("Without counting", (*REFERENCES, *COUNTING))):
+        print(f"\n{title}\n")
+        told = _judged(plan.seeds, tables, left_out)
+        print(f"| rule | judged on seed | worst | {' | '.join(f'`{attack}`' for attack in plan.attacks)} |")
+        print("|---|---|---|" + "---|" * len(plan.attacks))
+        for name, rates in told.items():
+            for i, seed in enumerate(plan.seeds):
+                _line(name, str(seed), [found[i][0] for found in rates.values()])
+            means = [over_seeds(found) for found in rates.values()]
+            cells = [f"{mean:.3f} ({low:.2f}–{high:.2f})" for mean, low, high in means]
+            print(f"| {name} | mean | {min(mean for mean, _, _ in means):.3f} | {' | '.join(cells)} |")
+    for seed in plan.seeds:
+        _line("random", str(seed), [_recall(table, _named("random", table))[0] for table in tables[seed]])
+
+
+def _judged(seeds: Sequence[int], tables: dict[int, list[Canaries]], left_out: Sequence[str]) -> dict[str, Rates]:
+    told: dict[str, Rates] = {}
+    for at, seed in enumerate(seeds):
+        shown = [_without(table, left_out) for table in tables[seeds[at - 1]] if table.attack in CANARIES]
+        several, single, everything = held_out(shown, DROP, MOST), held_out(shown, DROP, 1), choose(shown, DROP, MOST)
+        print(f"chosen on seed {seeds[at - 1]}, all families: `{everything.policy(DROP)}`")
+        for family, rule in several.items():
+            print(f"- without {family}: `{rule.policy(DROP)}`; single: `{single[family].detectors[0]}`")
+        print()
+        for table in tables[seed]:
+            rules = {
+                "ensemble, family held out": several[table.family],
+                "best single detector, family held out": single[table.family],
+                "ensemble, all families": everything,
+            }
+            for name, rule in rules.items():
+                told.setdefault(name, {}).setdefault(table.attack, []).append(_recall(table, rule))
+    return told
 
 
 def _table(plan: Config, attack: str, seed: int, out: str) -> Canaries:
@@ -67,24 +90,30 @@ def _table(plan: Config, attack: str, seed: int, out: str) -> Canaries:
     run = Run(plan, attack, dose, seed, Path(out).absolute())
     scored = Scored(tuple(run.scores_of(scores) for scores in plan.scores))
     poisons = ledger.poisoned_uids(ledger.ledger_path(run.poisoned))
-    return collect(scored, list_shards(run.poisoned), dict.fromkeys(poisons, spec.innermost(attack)), seed)
+    return collect(scored, list_shards(run.poisoned), attack, poisons, seed)
 
 
-def _named(rule: Rule, table: Canaries) -> Rule:
-    """The rule with the columns of the loop, where who reads no embeddings was scored at another epoch."""
-    names = [name if name in table.columns else name.partition(":")[2] or name for name in rule.detectors]
-    return replace(rule, detectors=tuple(column(table.columns, name) for name in names))
+def _without(table: Canaries, detectors: Sequence[str]) -> Canaries:
+    """The table without the columns of these detectors."""
+    kept = [i for i, name in enumerate(table.columns) if _name(name) not in detectors]
+    return replace(table, columns=tuple(table.columns[i] for i in kept), scores=table.scores[:, kept])
 
 
-def _held_out(found: dict[str, Any], family: str) -> dict[str, Any]:
-    return next(one for one in found["held_out"] if one["family"] == family)
+def _name(column: str) -> str:
+    return spec.parse_call(column.partition(":")[2])[0]
 
 
-def _rule(policy: str) -> Rule:
-    parsed = spec.parse("policies", policy)
-    if len(parsed.detectors) == 1:
-        return Rule(parsed.detectors)
-    return Rule(parsed.detectors, parsed.weights, parsed.combine)
+def _named(detector: str, table: Canaries) -> Rule:
+    return Rule((next(name for name in table.columns if _name(name) == detector),))
+
+
+def _recall(table: Canaries, rule: Rule) -> tuple[float, float, float]:
+    (rate,) = table.recalls(rule, (DROP,))
+    return float(rate.value or 0), float(rate.low or 0), float(rate.high or 0)
+
+
+def _line(name: str, seed: str, recalls: Sequence[float]) -> None:
+    print(f"| {name} | {seed} | {min(recalls):.3f} | {' | '.join(f'{value:.3f}' for value in recalls)} |")
 
 
 if __name__ == "__main__":

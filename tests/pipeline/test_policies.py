@@ -269,6 +269,11 @@ def test_ranks_are_exact_up_to_a_hundredth_of_the_share(kind):
         assert found.p(keyed[[keyed.argmax()]])[0] == 1 / n
 
 
+def test_minus_zero_is_zero():
+    """A detector that negates or rounds writes both, and pairs that score alike are to rank alike."""
+    assert len(set(ordered(np.float32([0.0, -0.0])))) == 1
+
+
 def test_an_ensemble_finds_what_one_of_its_detectors_sees():
     scores = table(5000)
     scores["s:slof(k=16)"][:60] += 6
