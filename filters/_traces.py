@@ -4,7 +4,7 @@ import numpy as np
 
 
 def mean_until(trace: np.ndarray, until: int) -> np.ndarray:
-    """float[n]: mean over the first `until` epochs (0: all) of those that saw the pair; NaN where none did."""
+    """float[n]: mean over those of the first `until` epochs (0, or past the end: all) that saw the pair; else NaN."""
     seen = trace[:, : until or None]
     with np.errstate(invalid="ignore"):  # a pair that training skipped is 0 / 0: NaN
         return np.nansum(seen, axis=1, dtype=np.float64) / np.isfinite(seen).sum(axis=1)
