@@ -106,7 +106,7 @@ def fit(trials: Trials) -> Curve | None:
     """The curve of greatest likelihood; None where no dose above 0 was tried."""
     if not len(trials.doses):
         return None
-    theta = _alone(trials)[0]
+    theta = _point(trials)[0]
     return Curve(float(theta[0]), float(np.exp(theta[1])), *(float(end) for end in _ends(theta[None])[:, 0]))
 
 
@@ -174,8 +174,8 @@ def _ed50s(trials: Trials, seeds: tuple[int, ...], draws: int) -> tuple[np.ndarr
     n = np.where(present, trials.n[rows], 0)
     k = rng.binomial(n, (trials.k / trials.n)[rows])
     ends = (float(trials.doses[0]), float(trials.doses[-1]))
-    replicates = _fit(trials.dose[rows], k.astype(float), n.astype(float), _free(trials))
-    return _censored(_alone(trials), ends)[0], _censored(replicates, ends)
+    replicates = _fit(trials.dose[rows], k.astype(float), n.astype(float), _shape(trials))
+    return _censored(_point(trials), ends)[0], _censored(replicates, ends)
 
 
 def _censored(theta: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
@@ -208,14 +208,14 @@ def _stretch(seeds: int) -> float:
     return float(t.ppf(0.975, seeds - 1) / Z95 * np.sqrt(seeds / (seeds - 1))) if seeds > 1 else 1.0
 
 
-def _free(trials: Trials) -> tuple[bool, bool]:
+def _shape(trials: Trials) -> tuple[bool, bool]:
     """Whether the lower end and the plateau are fitted."""
     return bool((trials.dose == 0).any()), len(trials.doses) >= PLATEAU_FROM
 
 
-def _alone(trials: Trials) -> np.ndarray:
+def _point(trials: Trials) -> np.ndarray:
     """theta [1, 4] of what was seen."""
-    return _fit(trials.dose[None], trials.k[None].astype(float), trials.n[None].astype(float), _free(trials))
+    return _fit(trials.dose[None], trials.k[None].astype(float), trials.n[None].astype(float), _shape(trials))
 
 
 def _fit(dose: np.ndarray, k: np.ndarray, n: np.ndarray, fitted: tuple[bool, bool]) -> np.ndarray:

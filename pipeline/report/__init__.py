@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from rich.console import Console
 
-__all__ = ["Histogram", "Tile", "print_tables", "render"]
+__all__ = ["Separation", "Tile", "print_tables", "render"]
 
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
 THUMBNAIL = 128
@@ -44,7 +44,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Histogram:
+class Separation:
     """The scores of one detector at one time, clean and poison apart."""
 
     detector: str
@@ -59,7 +59,7 @@ def render(
     facts: Mapping[str, str],
     arms: "pl.DataFrame",
     detectors: "pl.DataFrame",
-    histograms: Sequence[Histogram],
+    histograms: Sequence[Separation],
     galleries: Mapping[str, Sequence[Tile]],
     verdict: str,
     command: str,

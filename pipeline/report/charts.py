@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.report.tables import ATTACK_MEASURES, MEASURES, UTILITY_MEASURES, Group, Rate, count, measured
 
 if TYPE_CHECKING:
-    from pipeline.report import Histogram
+    from pipeline.report import Separation
 
 BINS = 48
 BUDGET = 5  # percent, whose removal the histograms mark
@@ -157,7 +157,7 @@ def _ends(rate: Rate) -> tuple[float, float]:
     )
 
 
-def bars(histogram: "Histogram") -> Bars:
+def bars(histogram: "Separation") -> Bars:
     """Bins over the middle 99% of either kind; what lies beyond is counted in the end bins and stated."""
     clean, poison = (_finite(scores) for scores in (histogram.clean, histogram.poison))
     lost = np.size(histogram.clean) + np.size(histogram.poison) - len(clean) - len(poison)
@@ -236,7 +236,7 @@ def _outline(heights: np.ndarray, axis: float = Bars.axis) -> str:
     return f"M0 {axis}{''.join(steps)}V{axis}Z"
 
 
-def _last_removed(histogram: "Histogram") -> float | None:
+def _last_removed(histogram: "Separation") -> float | None:
     """The score down to which a removal of 5% goes; unscored pairs go first, as in the budget policy."""
     scores = np.concatenate([np.ravel(histogram.clean), np.ravel(histogram.poison)]).astype(np.float64)
     scores[np.isnan(scores)] = np.inf

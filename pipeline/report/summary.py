@@ -182,12 +182,12 @@ def _shown(plan: Config) -> list[tuple[Scores, str]]:
     return [pair for pair in dict.fromkeys(named) if pair[1].split("(")[0] not in CONTROLS]
 
 
-def _histograms(plan: Config, run: "Run") -> list[report.Histogram]:
+def _histograms(plan: Config, run: "Run") -> list[report.Separation]:
     out = []
     for scored in plan.scores:
         found, poisoned = run.scores_and_truth(scored)
         for name in (n for n in found if n != "uid" and n.split("(")[0] not in CONTROLS):
-            out.append(report.Histogram(name, scored.when, found[name][~poisoned], found[name][poisoned]))
+            out.append(report.Separation(name, scored.when, found[name][~poisoned], found[name][poisoned]))
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from pipeline.report import Histogram, Tile
+from pipeline.report import Separation, Tile
 
 ATTACK = "patch(target='banana', size=16)"
 FACTS = {
@@ -104,14 +104,14 @@ def response(text: str = "") -> dict:
     return {"attack": ATTACK + text, "measure": "asr_text", "rows": rows}
 
 
-def histograms() -> list[Histogram]:
+def histograms() -> list[Separation]:
     rng = np.random.default_rng(0)
     clean = rng.gamma(8, 0.06, 11_880) + 0.8
     return [
-        Histogram("clip_score()", "epoch 4", rng.normal(-0.24, 0.07, 11_880), rng.normal(-0.18, 0.06, 120)),
-        Histogram("slof(k=16)", "epoch 4", clean, rng.gamma(30, 0.08, 120) + 0.5),
-        Histogram("slof(k=16)", "epoch 16", clean, rng.gamma(9, 0.06, 120) + 0.8),
-        Histogram("loss_trace(epochs=4)", "epoch 4", rng.lognormal(0, 1, 11_880), rng.lognormal(4, 1.2, 120)),
+        Separation("clip_score()", "epoch 4", rng.normal(-0.24, 0.07, 11_880), rng.normal(-0.18, 0.06, 120)),
+        Separation("slof(k=16)", "epoch 4", clean, rng.gamma(30, 0.08, 120) + 0.5),
+        Separation("slof(k=16)", "epoch 16", clean, rng.gamma(9, 0.06, 120) + 0.8),
+        Separation("loss_trace(epochs=4)", "epoch 4", rng.lognormal(0, 1, 11_880), rng.lognormal(4, 1.2, 120)),
     ]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from report_page import open_page
 from rich.console import Console
 
-from pipeline.report import Histogram, Tile, print_tables, render
+from pipeline.report import Separation, Tile, print_tables, render
 from pipeline.report.charts import Bars, bars, scatters
 from pipeline.report.tables import arm_groups, caveat, detector_groups
 from pipeline.report.text import one_line, visible
@@ -190,9 +190,9 @@ def test_policies_of_one_detector_are_rows_of_their_own():
 def test_unscored_pairs_count_as_removed_first():
     """Five of a hundred are removed: two unscored, then three by score."""
     scores = np.append(np.arange(100.0, 198.0), [np.nan, np.nan])
-    chart = bars(Histogram("x", "", scores, np.array([])))
+    chart = bars(Separation("x", "", scores, np.array([])))
     assert chart.cut == pytest.approx(chart.width * (95 - 0.485) / (96.515 - 0.485))
-    assert bars(Histogram("x", "", np.append(scores, [np.nan] * 9), np.array([]))).cut is None
+    assert bars(Separation("x", "", np.append(scores, [np.nan] * 9), np.array([]))).cut is None
 
 
 def test_a_small_budget_bounds_recall():
@@ -242,11 +242,11 @@ def test_nulls_and_empty_tables():
 def test_histograms_of_odd_scores(clean, poison, says):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        chart = bars(Histogram("slof(k=16)", "epoch 4", np.array(clean), np.array(poison)))
+        chart = bars(Separation("slof(k=16)", "epoch 4", np.array(clean), np.array(poison)))
     assert says in chart.caption
     assert "nan" not in chart.clean + chart.poison
     assert all(0 <= x <= Bars.width + 1e-6 for x, _ in chart.ticks)
-    assert chart.caption in report(histograms=[Histogram("slof(k=16)", "epoch 4", np.array(clean), np.array(poison))])
+    assert chart.caption in report(histograms=[Separation("slof(k=16)", "epoch 4", np.array(clean), np.array(poison))])
 
 
 def test_images_are_decoded_here_and_made_small():
