@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import polars as pl
 import pytest
@@ -284,3 +287,27 @@ def test_dose_zero_is_trained_once_for_all_attacks_and_nothing_twice(place, tmp_
     assert loop(file, str(out)) == 0
     assert "1 of 6 rows are of other code" in capsys.readouterr().err
     assert pl.read_parquet(out / "results.parquet").drop("code").equals(rows.drop("code"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_bisection_that_is_killed_comes_to_the_same(place, tmp_path):
+    """Real trainings, from all pairs poisoned down; SIGKILL as soon as one arm is done."""
+    arguments = {"doses": ["adaptive(low='24', high='96', factor=2)"], "attacks": ["patch(target='banana', size=64)"]}
+    file, whole, out = config(place, **arguments), tmp_path / "whole", tmp_path / "killed"
+    assert loop(file, str(whole)) == 0
+    job = subprocess.Popen([sys.executable, "-m", "pipeline.cli", "loop", file, str(out)])
+    while not (done := [*out.rglob("row-*.json")]):
+        assert job.poll() is None, "ended before it was killed"
+        time.sleep(0.1)
+    job.kill()
+    job.wait()
+    kept = {path: path.read_bytes() for path in done}
+    assert not (out / "report.html").exists()
+    assert loop(file, str(out)) == 0
+    assert all(path.read_bytes() == before for path, before in kept.items())
+    seconds = ("seconds", "train_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
+    killed, not_killed = (pl.read_parquet(folder / "results.parquet").drop(seconds) for folder in (out, whole))
+    assert killed.equals(not_killed)
+    assert 96 in killed["dose"] and set(killed["arm"]) >= {"undefended"}
+    assert "patch" in (out / "report.html").read_text()
