@@ -88,6 +88,19 @@ def test_the_probe_chooses_a_strong_penalty_where_a_weak_one_overfits() -> None:
     np.testing.assert_allclose(two[:, 0], -two[:, 1])
 
 
+def test_the_probe_climbs_past_strengths_that_all_name_one_class() -> None:
+    """Many classes of four rows, one of sixty more: up to C = 1 every row is said to be of that one."""
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.repeat(np.arange(150), 4), np.full(60, 0)])
+    centres = rng.normal(size=(150, 32))
+    features = unit(centres[labels] + 1.5 * rng.normal(size=(len(labels), 32)))
+    assert probe.choose(features, labels) > 1
+
+
+def test_a_probe_whose_held_out_rows_are_of_classes_of_their_own_has_nothing_to_choose_by() -> None:
+    assert probe.choose(np.eye(5, dtype=np.float32), np.arange(5)) == 1.0
+
+
 def test_a_probe_of_two_images_has_nothing_to_choose_by() -> None:
     assert probe.choose(np.eye(2, dtype=np.float32), np.array([0, 1])) == 1.0
 
