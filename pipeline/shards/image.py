@@ -15,6 +15,7 @@ image of another size its size.
 import io
 from collections.abc import Iterator
 from functools import cache
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from pipeline.shards.encoding import ADOBE, DHT, DQT, DRI, FRAMES
 from pipeline.shards.sample import Rejected, Sample
 
 MAX_PIXELS = 64_000_000
+REMEMBERED = 65_536  # frames whose quality is known
 TRIED_PIXELS = 1_000_000  # that settings are tried out on; also the rows that are converted at once
 DEFAULT_LEVEL, DEFAULT_QUALITY = 6, 75
 # What a zlib header says of the level, and the levels that say so; the first is the one to guess
@@ -300,7 +302,20 @@ def _webp(image: Image.Image, original: Image.Image, like: bytes) -> tuple[bytes
     return out.getvalue(), _join_webp(old, encoding.webp_chunks(out.getvalue()), image.size)
 
 
+_QUALITIES: dict[bytes, int] = {}  # of frames by their digest: a loop looks at the same images once an arm
+
+
 def webp_quality(image: Image.Image, frame: bytes) -> int:
+    """`nearest_quality`, some fourteen encodings, of this frame or remembered of one with the same bytes."""
+    digest = blake2b(frame, digest_size=16).digest()
+    if digest not in _QUALITIES:
+        if len(_QUALITIES) >= REMEMBERED:
+            _QUALITIES.pop(next(iter(_QUALITIES)), None)
+        _QUALITIES[digest] = nearest_quality(image, frame)
+    return _QUALITIES[digest]
+
+
+def nearest_quality(image: Image.Image, frame: bytes) -> int:
     """The quality at which libwebp comes nearest to the quantisers of a lossy frame.
 
     They depend on the picture too, so it is tried on `image`, of which the middle is taken where it is large. Their

@@ -208,6 +208,15 @@ def test_the_quality_of_a_lossy_webp_is_estimated(quality, method):
     assert abs(np.mean(wanted) - np.mean(got)) < 5
 
 
+def test_the_quality_of_a_frame_is_tried_out_once_and_few_are_remembered(monkeypatch):
+    tried = []
+    monkeypatch.setattr("pipeline.shards.image._QUALITIES", {})
+    monkeypatch.setattr("pipeline.shards.image.REMEMBERED", 2)
+    monkeypatch.setattr("pipeline.shards.image.nearest_quality", lambda _, frame: tried.append(frame) or len(tried))
+    assert [webp_quality(None, frame) for frame in (b"a", b"b", b"a", b"c", b"b", b"a")] == [1, 2, 1, 3, 2, 4]
+    assert tried == [b"a", b"b", b"c", b"a"]
+
+
 @pytest.mark.parametrize("options", [{"quality": 70}, {"lossless": True}])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_webp_keeps_its_chunks(mode, options):
