@@ -30,7 +30,8 @@ class Recipe:
     channel by up to that share, `flip` mirrors half of the images. `prompts` are the sentences around a class name for
     zero-shot: a model that has met no sentences reads the bare name best. `checkpoints` lists epochs (1-based) that
     are kept beside the `last` ones. `loss` "siglip" wants `init_logit_bias` in the model's config. `accumulate` passes
-    a batch through the towers in so many parts: less memory, the same gradient.
+    a batch through the towers in so many parts: less memory, the same gradient. `ema` is the decay per step of a
+    running mean of the weights, which checkpoints hold instead of the last ones; 0: none.
     """
 
     summary: str
@@ -55,6 +56,7 @@ class Recipe:
     last: int = _later(1)
     loss: Literal["clip", "siglip"] = _later("clip")
     accumulate: int = _later(1)
+    ema: float = _later(0.0)
 
     @property
     def image_size(self) -> int:

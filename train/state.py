@@ -54,6 +54,7 @@ def save(trainer: "Trainer") -> None:
         state = {
             "model": trainer.towers.clip.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
+            "average": trainer.average.state_dict() if trainer.average else None,
             "epoch": trainer.epoch,
             "step": trainer.step,
             "seen": seen,
@@ -81,6 +82,8 @@ def restore(trainer: "Trainer") -> np.ndarray:
         state = torch.load(file, map_location="cpu", weights_only=True)
         trainer.towers.clip.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
+        if trainer.average:
+            trainer.average.load_state_dict(state["average"])
         trainer.epoch, trainer.step = state["epoch"], state["step"]
         trainer.curve, trainer.spent = state["curve"], state["spent"]
         steps = [part["step"].numpy() for part in state["seen"] if part]

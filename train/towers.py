@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from train.data import Batch
 from train.model import normalise
@@ -53,9 +54,9 @@ class Towers(nn.Module):
         scale, bias = self.clip.logit_scale.exp(), self.clip.logit_bias
         return Encoded(unit(image.float(), dim=-1), unit(text.float(), dim=-1), scale, bias)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The state dict of the whole open_clip model."""
-        state = dict(self.clip.state_dict())
+    def state(self, clip: Any = None) -> dict[str, torch.Tensor]:
+        """The state dict of the whole open_clip model; its weights are those of `clip`, by default the towers' own."""
+        state = dict((clip or self.clip).state_dict())
         if self.whole is not None and self.used is not None:
             full = self.whole.clone()
             full[self.used.cpu()] = state["token_embedding.weight"].cpu()
@@ -81,6 +82,13 @@ def optimizer_of(towers: Towers, recipe: Recipe) -> torch.optim.Optimizer:
         (rest if plain else decay).append(parameter)
     groups = [{"params": rest, "weight_decay": 0.0}, {"params": decay, "weight_decay": recipe.weight_decay}]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+def average_of(towers: Towers, recipe: Recipe) -> AveragedModel | None:
+    """The running mean of weights and buffers, to be told of every step; None where the recipe wants none."""
+    if not recipe.ema:
+        return None
+    return AveragedModel(towers.clip, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
 
 
 def kernels(device: torch.device) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ from train.defenses import Defense
 from train.progress import Events, Progress
 from train.recipes import Recipe, recipe_of
 from train.state import Seen
-from train.towers import Encoded, Towers, encoded, optimizer_of
+from train.towers import Encoded, Towers, average_of, encoded, optimizer_of
 from train.traces import CURVE, write_curve, write_traces
 from train.validation import Validation
 
@@ -99,6 +99,7 @@ class Trainer:
         self.towers = self._towers()
         self.ddp: nn.Module = self.towers
         self.optimizer = optimizer_of(self.towers, self.recipe)
+        self.average = average_of(self.towers, self.recipe)
         self.epoch = 0  # whole ones done
         self.step = 0  # done in the epoch after them, of which `seen` tells
         self.seen = Seen()
@@ -190,6 +191,8 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             self.towers.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if self.average:
+            self.average.update_parameters(self.towers.clip)
         self.seen.add(batch.rows, step, pairs, (found.image * found.text).sum(1))
         return mean, due
 
@@ -285,7 +288,7 @@ class Trainer:
         write_traces(join(out, f"traces/epoch_{epoch:03d}.rank{self.rank}.parquet"), self.index, epoch, **seen)
         self.seen = Seen()
         if self.validation:
-            loss = self.curve["validation"][-1] = self.validation.loss(self.towers.state())
+            loss = self.curve["validation"][-1] = self.validation.loss(self._weights())
             progress.validated(len(self.curve["step"]) - 1, loss)
             if loss <= np.nanmin(self.curve["validation"]):
                 self._write_checkpoint(join(out, "checkpoints/best"), epoch)
@@ -308,7 +311,11 @@ class Trainer:
         self._saved = time.monotonic()
 
     def _write_checkpoint(self, folder: str, epoch: int) -> None:
-        model.save(folder, self.towers.state(), self.recipe, {**self.task.spec, "epoch": epoch})
+        model.save(folder, self._weights(), self.recipe, {**self.task.spec, "epoch": epoch})
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What is measured and kept: the average, or else what is trained."""
+        return self.towers.state(self.average.module if self.average else None)
 
     def _time_spent(self) -> dict[str, float]:
         """Wall seconds so far, and this rank's share of the CPU seconds."""
