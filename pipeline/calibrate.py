@@ -33,7 +33,7 @@ from pipeline.progress import run_stage
 from pipeline.results import write_rows
 from pipeline.score import score
 from pipeline.scored import Scored, scores_folder
-from pipeline.shard_map import code_digest
+from pipeline.shard_map import code_digest, locked
 from pipeline.shards import Shard, UidRule, list_shards
 from pipeline.shards.store import absolute, write
 from train.metrics import Rate
@@ -82,12 +82,18 @@ def calibrate(
         absolute(shards), Path(out).absolute(), detectors, attacks, dose, recipe, epochs, drop, most, pool, seed, uid
     )
     trials = job.check()
+    with locked(str(job.out)):
+        return _calibrate(job, trials)
+
+
+def _calibrate(job: "_Calibration", trials: Sequence["_Trial"]) -> int:
+    drop = job.drop
     for trial in trials:
         trial.poison()
     for trial in trials:
         trial.make_scores()
     tables, folders = [trial.table() for trial in trials], trials[0].folders()
-    found = _choose(tables, drop, most)
+    found = _choose(tables, drop, job.most)
     used = {name.partition(":")[0] for name in found.rule.detectors}
     facts = {
         "policy": found.rule.policy(drop),
@@ -129,15 +135,15 @@ class _Calibration:
         list_shards(self.shards)
         Dose.parse(self.dose)
         at_least_one("--detectors", self.detectors)
+        for entry in map(_detector, self.detectors):
+            if "poisoned" in entry.needs:
+                raise InputError(f"{spec.text(entry)} reads the ledger: it would find every canary and nothing else")
         if not 0 < self.drop < 1 or self.most < 1:
             raise InputError("--drop is a share between 0 and 1, --most at least 1")
         families = {spec.innermost(text) for text in self.attacks}
         if len(families) < 2:
             raise InputError(f"--attacks: of two families at least, for one is left out; here is {', '.join(families)}")
         attacks = dict.fromkeys(spec.text(spec.parse("attacks", text)) for text in self.attacks)
-        for entry in map(_detector, self.detectors):
-            if "poisoned" in entry.needs:
-                raise InputError(f"{spec.text(entry)} reads the ledger: it would find every canary and nothing else")
         when = self.when()
         return [_Trial(self, attack, when) for attack in attacks]
 
@@ -325,7 +331,11 @@ def markdown(tables: Sequence[Canaries], found: Found, drop: float) -> str:
         "",
         "Recall on each attack by the rule that was chosen without its family, with 95% intervals:",
         "",
-        *_head("attack | canaries", *(f"{share:.1%} removed" for share in _shares(drop)), f"best single at {drop:.1%}"),
+        *_head(
+            "attack | canaries",
+            *(f"{share:.1%} removed" for share in _shares(drop)),
+            f"best single, chosen likewise, at {drop:.1%}",
+        ),
     ]
     at = _shares(drop).index(drop)
     for one in found.held_out:

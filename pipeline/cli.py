@@ -73,7 +73,8 @@ def run(verb: str, arguments: list[str] | None = None) -> None:
         print(f"mithridate {verb}: {error}", file=sys.stderr)
         code = error.exit_code
     except OSError as error:
-        print(f"mithridate {verb}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mithridate {verb}: {where}{error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"mithridate {verb}: interrupted; what is written is whole, the same command goes on", file=sys.stderr)

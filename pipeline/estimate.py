@@ -14,7 +14,8 @@ from pipeline.runs import UNDEFENDED, Arm, Run, arms_of
 from pipeline.shards import list_shards, uids
 from train.results import judged
 
-BESIDES = 1.5  # times bare steps: loading, scoring, rewriting and evaluation, as seen with recipe `fast` on two cores
+BESIDES = 1.5  # times bare steps: loading, scoring and rewriting, as seen with recipe `fast` on two cores
+ASIDE = 20.0  # seconds more, however small the data: starts of jobs, evaluation
 Training = tuple[Path, str]  # folders: of the run, and in it of the arm
 
 
@@ -88,6 +89,8 @@ def estimate(plan: Config, out: Path) -> Estimate:
 
 
 def hours(value: float) -> str:
+    if value < 0.03:
+        return f"{3600 * value:,.0f} seconds"
     return f"{60 * value:,.0f} minutes" if value < 1.5 else f"{value:,.1f} hours"
 
 
@@ -124,8 +127,9 @@ def _calibrated(plan: Config) -> tuple[float, str]:
 
     recipe = recipe_of(plan.recipe)
     pace, pairs = pairs_per_second(recipe), sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards))
-    seconds = BESIDES * pairs * recipe.epochs / pace
+    seconds = BESIDES * pairs * recipe.epochs / pace + ASIDE
     return (
         seconds,
-        f"by bare steps of {pace:,.0f} pairs/s on this machine, times {BESIDES}, for OUT has no training yet",
+        f"by bare steps of {pace:,.0f} pairs/s on this machine, times {BESIDES}, and {ASIDE:.0f} s, for OUT has no "
+        "training yet",
     )

@@ -4,6 +4,7 @@ Trade-off: nothing is asked of Ray or of the driver, so what is between two mark
 """
 
 import fcntl
+import io
 import json
 import time
 from pathlib import Path
@@ -16,15 +17,18 @@ from pipeline.shard_map import COUNTED, RUN, read_markers
 from pipeline.shards.store import absolute, exists, glob, is_url, join, view
 
 RECENT = 200  # shards that the rate is measured over
+SPEC, CURVE, DONE = "spec.json", "curve.parquet", "train.json"  # of a training
 
 
 def status(out: Out, /) -> int:
     """Say how much of the job that writes to OUT is done, how fast it goes, and what failed. Exit code 1 until all is.
 
     Args:
-        out: folder that poison, embed, score, filter, compact, manifest or verify writes to.
+        out: folder that poison, embed, score, filter, compact, manifest, verify or train writes to.
     """
     out = absolute(out)
+    if exists(join(out, SPEC)) and not exists(join(out, RUN)):
+        return _training(out)
     if not exists(join(out, RUN)):
         raise InputError(f"{join(out, RUN)}: no such file; is {out} the OUT of a job?")
     try:
@@ -46,11 +50,41 @@ def status(out: Out, /) -> int:
         console.print(f"  failed: {bytes(view(path)).decode(errors='replace')}")
     if others := len(markers) - done:
         console.print(f"  {others:,} more shards there are of an earlier spec or code and will be made again")
-    if done < total and not is_url(out):
+    if done < total:
+        _say_who(out)
+    return int(done < total)
+
+
+def _training(out: str) -> int:
+    """The same of `train`, which keeps a curve instead of markers, as of the last time that it saved."""
+    try:
+        spec = json.loads(bytes(view(join(out, SPEC))))
+        about = ", ".join(f"{k}={v}" for k, v in spec.items() if v is not None and not k.endswith("digest"))
+        facts = json.loads(bytes(view(join(out, DONE)))) if exists(join(out, DONE)) else None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{out}: not readable as the OUT of `train`; is it one?") from error
+    if facts:
+        console.print(f"train: done, {facts['epochs']} epochs over {facts['pairs']:,} pairs   {about}")
+        return 0
+    console.print(f"train: not done   {about}")
+    if exists(join(out, CURVE)):
+        import pyarrow.parquet as pq
+
+        curve = pq.read_table(io.BytesIO(view(join(out, CURVE)))).to_pylist()
+        last = curve[-1]
+        console.print(
+            f"  saved within epoch {last['epoch']}, after {len(curve):,} steps: loss {last['loss']:.3f}, "
+            f"{sum(row['pairs'] for row in curve) / max(last['seconds'], 1e-9):,.0f} pairs/s"
+        )
+    _say_who(out)
+    return 1
+
+
+def _say_who(out: str) -> None:
+    if not is_url(out):
         console.print(
             "  a run is writing here" if _locked(out) else "  nobody is writing here: the same command goes on"
         )
-    return int(done < total)
 
 
 def _pace(markers: list[dict[str, Any]], left: int) -> str:

@@ -117,6 +117,7 @@ def _evaluated(
     def seen_by(model: Any) -> Seen:
         return look(model, task.test(), task.captioned, attack, seed, corpora)
 
+    console.print(f"{task.name}: looking at its images")
     seen = seen_by(model)
     if not seen.captions:
         raise InputError(f"{task.name}: no usable image; skipped: {listed(seen.skipped)}")
@@ -130,6 +131,7 @@ def _evaluated(
     near = _near(model, task) if task.train and readouts else None
     answers: dict[str, Answers] = {}
     for name in dict.fromkeys(readouts) if near else ():
+        console.print(f"{task.name}: {name}, fitted on {len(near[1]) if near else 0:,} labelled images")
         if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
             answers[name] = _answers(lambda logits: logits, seen_by(_tuned(task, model, seed)))
         elif near:

@@ -6,7 +6,7 @@ microseconds each: a thread that dies of a full disk, as tensorboardX's own, lea
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -68,9 +68,10 @@ class Events:
 
 
 class Progress:
-    """Counts steps; a resumed run starts at `done`. Shown by the one rank that has `events` to write."""
+    """Counts steps; a resumed run starts at `done`, with the losses of the epoch that it was stopped in. Shown by the
+    one rank that has `events` to write."""
 
-    def __init__(self, epochs: int, steps: int, done: int, events: Events | None):
+    def __init__(self, epochs: int, steps: int, done: int, losses: Sequence[float], events: Events | None):
         self.epochs, self.steps, self.show = epochs, steps, events is not None
         self.left = epochs * steps - done
         self.bar: Bar | None = None
@@ -81,7 +82,7 @@ class Progress:
             self.task = self.bar.add_task("", total=epochs * steps, completed=done, epoch="", loss="", rate="")
         self.begin = self.epoch_begin = time.monotonic()
         self.taken = 0
-        self.losses: list[float] = []
+        self.losses = list(losses)
         self.pairs = 0
 
     def __enter__(self) -> "Progress":

@@ -121,7 +121,8 @@ class Trainer:
         done = self.epoch * self.steps + self.step
         before = len(self.curve["step"])
         events = Events(join(self.task.out, "tensorboard"), before) if self.rank == 0 else None
-        with Progress(self.recipe.epochs, self.steps, done, events) as progress:
+        losses = self.curve["loss"][before - self.step :]
+        with Progress(self.recipe.epochs, self.steps, done, losses, events) as progress:
             while self.epoch < self.recipe.epochs:
                 self._train_epoch(progress)
                 self.defense.epoch_end(self)

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from pipeline.errors import InputError
 from pipeline.shards import remote
+from pipeline.shards.retry import FULL
 
 # Sidecars that lie beside shards and are parquet too.
 _SIDECARS = re.compile(
@@ -234,8 +235,9 @@ def whole(path: str) -> Iterator[IO[bytes]]:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{path}: disk full; free some space and run the same command again") from error
+        if error.errno in FULL:
+            why = "disk full" if error.errno == errno.ENOSPC else error.strerror
+            raise InputError(f"{path}: {why}; free some space and run the same command again") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Choice by canaries: the detector that is known to be best is chosen, and no family is judged by its own canaries."""
 
+import fcntl
 import json
 from dataclasses import replace
 
@@ -255,6 +256,17 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         run(tmp_path, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_into_the_same_folder_is_refused_at_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/0.tar", pairs(0, 40))
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out: another run is writing here"):
+            run(tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow

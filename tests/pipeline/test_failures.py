@@ -1,5 +1,6 @@
 """What goes wrong while a job runs: a full disk, Ctrl-C, a second run, a shard that vanishes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -140,6 +141,11 @@ def test_a_lost_worker_is_replaced(tars, tmp_path):
     assert len(markers) == 3
     assert contents(tmp_path / "out") == contents(tars)
     assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def test_a_limit_on_the_size_of_files_says_which_and_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="big: File too large; free some space"), whole(str(tmp_path / "big")):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.errors import InputError
 from pipeline.shards import list_shards, samples
 from pipeline.shards.image import pixels
+from pipeline.status import status
 from train.launch import train
 from train.metrics import unit
 from train.model import load
@@ -47,7 +48,7 @@ def test_a_full_disk_ends_the_events_and_nothing_else(
     tmp_path: Path, full_disk: Callable[[], None], capsys: pytest.CaptureFixture
 ) -> None:
     """The error that the training says is the one that is seen."""
-    progress = Progress(4, 10, 0, Events(str(tmp_path / "tensorboard"), 0))
+    progress = Progress(4, 10, 0, [], Events(str(tmp_path / "tensorboard"), 0))
     with pytest.raises(InputError, match="disk full"), progress:
         full_disk()
         for step in range(40):
@@ -75,3 +76,20 @@ def test_the_best_epoch_has_the_least_loss_on_held_out_pairs(run: Path, shapes: 
 def test_a_run_that_held_nothing_out_is_another_one(run: Path, shapes: Callable[..., Path], tiny: str) -> None:
     with pytest.raises(InputError, match="validation"):
         train(str(shapes(48, 3)), str(run), recipe=tiny)
+
+
+def test_status_tells_how_far_a_training_is(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert status(str(run)) == 0
+    assert "train: done, 3 epochs over 48 pairs" in capsys.readouterr().err
+    (run / "train.json").unlink()  # as it is before the end
+    assert status(str(run)) == 1
+    said = capsys.readouterr().err
+    assert "not done" in said and "within epoch 3, after 9 steps: loss" in said and "nobody is writing here" in said
+
+
+def test_the_loss_of_an_epoch_is_that_of_all_its_steps_after_a_resume(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    with Progress(1, 3, 2, [4.0, 3.0], Events(str(tmp_path), 2)) as progress:
+        progress.advance(2, 1, 2.0, 0.1, 16, last=True)
+    assert "loss 3.000" in capsys.readouterr().err

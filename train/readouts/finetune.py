@@ -92,9 +92,7 @@ def finetune(model: Model, images: np.ndarray, labels: np.ndarray, classes: int,
 
     `mirror`: whether half of the crops are mirrored, which some classes do not survive (BiT leaves it out there).
     """
-    from rich.progress import track
-
-    from pipeline.progress import console
+    from pipeline.progress import meter
 
     rule, generator = hyper_rule(len(images)), torch.Generator().manual_seed(seed)
     tuned = Tuned(copy.deepcopy(model.model), nn.Linear(model.dimension, classes).to(model.device), model)
@@ -108,21 +106,25 @@ def finetune(model: Model, images: np.ndarray, labels: np.ndarray, classes: int,
     every = torch.from_numpy(labels)
     rows = _batches(len(images), batch, generator)
     mixes = np.random.default_rng(seed)
-    for step in track(range(rule.steps), "fine-tune", console=console, disable=not console.is_terminal, transient=True):
-        chosen = next(rows)
-        pixels = normalise(_cropped(images[chosen.numpy()], model.image_size, mirror, generator), model.mean, model.std)
-        x, y = pixels.to(model.device), every[chosen].to(model.device)
-        for group in optimizer.param_groups:
-            group["lr"] = rule.rate(step, base)
-        share = float(mixes.beta(rule.mixup, rule.mixup)) if rule.mixup else 1.0
-        other = torch.randperm(batch, generator=generator).to(model.device) if rule.mixup else slice(None)
-        logits = tuned.logits(share * x + (1 - share) * x[other] if rule.mixup else x)
-        loss = nn.functional.cross_entropy(logits, y)
-        if rule.mixup:
-            loss = share * loss + (1 - share) * nn.functional.cross_entropy(logits, y[other])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with meter("fine-tune", rule.steps) as done:
+        for step in range(rule.steps):
+            chosen = next(rows)
+            pixels = normalise(
+                _cropped(images[chosen.numpy()], model.image_size, mirror, generator), model.mean, model.std
+            )
+            x, y = pixels.to(model.device), every[chosen].to(model.device)
+            for group in optimizer.param_groups:
+                group["lr"] = rule.rate(step, base)
+            share = float(mixes.beta(rule.mixup, rule.mixup)) if rule.mixup else 1.0
+            other = torch.randperm(batch, generator=generator).to(model.device) if rule.mixup else slice(None)
+            logits = tuned.logits(share * x + (1 - share) * x[other] if rule.mixup else x)
+            loss = nn.functional.cross_entropy(logits, y)
+            if rule.mixup:
+                loss = share * loss + (1 - share) * nn.functional.cross_entropy(logits, y[other])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done.advance(0)
     tuned.tower.eval()
     return tuned
 
