@@ -248,7 +248,7 @@ def test_the_report_of_several_doses_tells_how_much_poison_an_attack_takes(place
     assert page.count("The highest protection factor") == 0  # random removal is a control
     assert "Undefended, 'patch' succeeds half of the time at" in page and "Undefended, 'sig' succeeds" in page
     assert "3 from 2 to 32 pairs" in page and "2: patch(" in page and "1 seed: the interval is over images" in page
-    assert "1 minutes" in page  # 18 rows of 2 seconds
+    assert "36 seconds" in page  # 18 rows of 2
 
 
 def test_what_is_added_to_the_scores_of_a_finished_loop_is_scored(place, tmp_path):
@@ -292,8 +292,8 @@ def test_dose_zero_is_trained_once_for_all_attacks_and_nothing_twice(place, tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_bisection_that_is_killed_comes_to_the_same(place, tmp_path):
-    """Real trainings, from all pairs poisoned down; SIGKILL as soon as one arm is done."""
-    arguments = {"doses": ["adaptive(low='24', high='96', factor=2)"], "attacks": ["patch(target='banana', size=64)"]}
+    """Real trainings, from all pairs down that can be poisoned; SIGKILL as soon as one arm is done."""
+    arguments = {"doses": ["adaptive(low='16', high='64', factor=2)"], "attacks": ["patch(target='banana', size=64)"]}
     file, whole, out = config(place, **arguments), tmp_path / "whole", tmp_path / "killed"
     assert loop(file, str(whole)) == 0
     job = subprocess.Popen([sys.executable, "-m", "pipeline.cli", "loop", file, str(out)])
@@ -309,5 +309,5 @@ def test_a_bisection_that_is_killed_comes_to_the_same(place, tmp_path):
     seconds = ("seconds", "train_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
     killed, not_killed = (pl.read_parquet(folder / "results.parquet").drop(seconds) for folder in (out, whole))
     assert killed.equals(not_killed)
-    assert 96 in killed["dose"] and set(killed["arm"]) >= {"undefended"}
+    assert 64 in killed["dose"] and set(killed["arm"]) >= {"undefended"}
     assert "patch" in (out / "report.html").read_text()
