@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.defenses CONFIG OUT
 
-after `mithridate loop CONFIG OUT`. A cell is the mean over the seeds with a 95% interval over seeds and images (bootstrap
-of the seeds, widened for their small number). What is not about one attack is a mean over the attacks as well. `cost` is
-core-seconds of training, with those of the model that is repaired or looked through and of the filter, over those of the
-undefended training.
+after `mithridate loop CONFIG OUT`. A cell is the mean over the seeds with a 95% interval over seeds and images
+(bootstrap of the seeds, widened for their small number). What is not about one attack is a mean over the attacks too.
+`cost` is core-seconds of training, with those of the model that is repaired or looked through and of the filter, over
+those of the undefended training.
 """
 
 import json
