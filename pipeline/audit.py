@@ -101,8 +101,9 @@ def audit(
         ledger = ledger or (_beside(listed) if not metadata else None)
         reports, unseen = _look(listed, about, source, ledger, attribute)
         audited, found = _written(shards, out, reports, unseen, about)
-        with_scores = bool(scores) and all(one.audit != "scores" for one in unseen)
-        write_report(audited, found, listed, about, source, with_scores, ledger)
+        blind = {one.audit for one in unseen}
+        seen = bool(scores) and "scores" not in blind, bool(embeddings) and "caption_clusters" not in blind
+        write_report(audited, found, listed, about, source, *seen, ledger)
     _print(audited, out)
     if len(about.failed) > max_failed_shards:
         named = "; ".join(about.failed.values())

@@ -16,6 +16,7 @@ from pipeline import ledger as ledgers
 from pipeline import sidecars
 from pipeline.audit_columns import Rows, Source
 from pipeline.audit_lists import Removal, quoted, shown
+from pipeline.audit_nearest import Place, nearest
 from pipeline.audits._audit import CAPTION, About, Found
 from pipeline.audits._schema import Audited
 from pipeline.columns import read_columns
@@ -29,7 +30,6 @@ TILES, ROWS = 48, 200  # of a finding
 PICTURES = 1_500  # of a page: some 9 MB of photographs
 LISTED, LISTED_IN_ALL = 100_000, 400_000  # uids of a finding and of a page: 21 bytes each
 SELECTED = "removal"  # what a reader selects is called so
-Place = tuple[str, str]  # shard, uid
 
 
 def write_report(
@@ -39,6 +39,7 @@ def write_report(
     about: About,
     source: Source,
     with_scores: bool,
+    with_embeddings: bool,
     ledger: str | None,
 ) -> None:
     """Write OUT/report.html; `found` is by AUDIT-KIND."""
@@ -50,6 +51,10 @@ def write_report(
     tiles = {name: shown(members, min(TILES, PICTURES // len(named))) for name, members in named.items()}
     places = {place for of in tiles.values() for place in of.select("shard", "uid").iter_rows()}
     known = _known(shards, about, source, with_scores, ledger, places)
+    if with_embeddings:
+        there = [shard for shard in shards if shard.file in about.pairs]
+        for place, near in nearest(there, source, about.sha256, places).items():
+            known[place] = replace(known.get(place, Known()), nearest=near)
     removal = Removal(audited.dataset.where, source.out)
     members = {}
     left = LISTED_IN_ALL

@@ -21,6 +21,8 @@ from pipeline.report.text import one_line
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+    from pipeline.audit_nearest import Near
+
 ALIKE = 8  # others of a pair's group
 NAMED = {"severe": "Severe", "warning": "Warnings", "note": "Notes"}
 MEANS = {
@@ -39,6 +41,7 @@ class Known:
     facts: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     before: Mapping[str, Any] | None = None
+    nearest: Sequence["Near"] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ def render_audit(
         reasons,
         {finding.name: finding.title for finding in audited.findings},
         {one.name: one for one in audited.histograms if one.audit == "scores"},
+        {
+            (pair.shard, pair.uid): _anchor(finding.name, at)
+            for finding in reversed(audited.findings)
+            for at, pair in enumerate(members.get(finding.name, Members()).tiles)
+        },
     )
     findings = [
         _finding(f, members.get(f.name, Members()), whole)
@@ -151,11 +159,13 @@ def _list(members: Members) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Whole:
-    """What pairs are told against: reasons by (shard, uid), titles by finding, the distribution of each score."""
+    """What pairs are told against: reasons by (shard, uid), titles by finding, the distribution of each score, and
+    where on the page a (shard, uid) is shown first."""
 
     reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]
     titles: Mapping[str, str]
     spreads: Mapping[str, Histogram]
+    anchors: Mapping[tuple[str, str], str]
 
 
 def _of(owned: Sequence[tuple[str | None, Any]], owner: str | None) -> list[Any]:
@@ -210,6 +220,16 @@ def _tile(at: int, finding: str, groups: Mapping[str, int], members: Members, wh
         "alike": [
             (_anchor(finding, other), one_line(members.tiles[other].caption or "(no caption)", 60))
             for other in _alike(at, members)
+        ],
+        "nearest": [
+            (
+                f"{one.similarity:.3f}",
+                one.uid,
+                one.shard,
+                one_line(one.caption),
+                whole.anchors.get((one.shard, one.uid)),
+            )
+            for one in known.nearest
         ],
         "why": [
             (name, whole.titles[name], one_line(why)) for name, why in whole.reasons.get((pair.shard, pair.uid), ())

@@ -18,9 +18,11 @@ import pytest
 from conftest import write_tar
 from PIL import Image
 
+from filters._batch import unit
 from pipeline import ledger, spec
 from pipeline.audit import _about, audit
-from pipeline.audit_columns import Rows
+from pipeline.audit_columns import Rows, Source
+from pipeline.audit_nearest import nearest
 from pipeline.audits._audit import About
 from pipeline.audits._compare import compare_audits
 from pipeline.audits._schema import Audited, Dataset, Finding, share_of, verdict
@@ -30,9 +32,12 @@ from pipeline.compare import compare
 from pipeline.dataset import Row as DatasetRow
 from pipeline.dataset import save_manifest
 from pipeline.embed import _write as write_embeddings
+from pipeline.embed import embeddings_path
 from pipeline.errors import InputError
+from pipeline.inputs import Inputs
 from pipeline.shard_map import ShardsFailed
-from pipeline.shards import Shard, uids
+from pipeline.shards import Shard, manifest, uids
+from pipeline.sidecars import matrix
 
 SHARDS, PAIRS = 3, 720
 WORDS = [a + b for a in "bakelo dimuna forsil gatper hulven jormak".split() for b in "tos ren lig vam dur fex".split()]
@@ -494,6 +499,30 @@ def test_the_report_shows_what_was_found(planted):
     assert [told[i : i + 32] for i in range(0, len(told), 32)] == sorted(listed)
     assert copies["sizes"] == [8] and copies["keep"] == 1, "one of the copies stays"
     assert "leakage-attribute" not in lists, "its command removes nothing"
+
+
+def test_the_most_alike_images_are_those_of_an_exhaustive_search(planted):
+    shards, out, options = planted
+    there = [Shard(str(shards / f"{number:08d}.tar")) for number in range(SHARDS)]
+    tables = [pq.read_table(embeddings_path(options["embeddings"], shard.name)) for shard in there]
+    every = [(shard.name, uid) for shard, t in zip(there, tables, strict=True) for uid in t["uid"].to_pylist()]
+    rows = unit(np.concatenate([matrix(table["image"]) for table in tables]).astype(np.float32))
+    asked = {every[0], every[7], every[-1]}
+    digests = {shard.file: manifest(shard).sha256 for shard in there}
+    source = Source(str(out), Inputs(options["embeddings"], "", "", "key"), (), False)
+    found = nearest(there, source, digests, asked)
+    assert found.keys() == asked
+    for place, near in found.items():
+        cosine = rows @ rows[every.index(place)]
+        best = [i for i in np.argsort(-cosine) if every[i] != place][: len(near)]
+        assert [(one.shard, one.uid) for one in near] == [every[i] for i in best] and len(near) == 4
+        np.testing.assert_allclose([one.similarity for one in near], cosine[best], atol=1e-5)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    (cluster,) = re.findall(r'<article class="finding" id="caption_clusters-.*?</article>', page, re.DOTALL)
+    alike = cluster.split("The most alike images, by cosine")[1].split("</dl>")[0]
+    assert re.search(r'<dt>0\.9\d+</dt><dd dir="auto"><a href="#[\w-]+-tile-\d+">', alike), (
+        "those of one motif are shown too"
+    )
 
 
 def test_two_audits_are_compared(planted, untouched, capsys):

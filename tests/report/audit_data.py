@@ -7,6 +7,7 @@ import numpy as np
 import report_data
 
 from pipeline.audit_lists import Removal
+from pipeline.audit_nearest import Near
 from pipeline.audits._schema import Audited, Dataset, Finding, Histogram, Table, Unseen, share_of, verdict
 from pipeline.report import thumbnail
 from pipeline.report.audit import Known, Members, Pair, Selection, render_audit
@@ -43,6 +44,7 @@ def pairs(first: int, text: str = "") -> list[Pair]:
             {"size": "640 × 480", "url": f"https://example.org/{number}.jpg {text}"},
             {"scores:slof(k=16)": 1.0 + i, f"scores:clip_score(){text}": -0.5},
             HISTORY | {"caption_before": f"a boat {text}"} if i == 1 else None,
+            (Near(0.987, f"00000000{text}", uid(number + 1), f"caption {number + 1} {text}"),) if i else (),
         )
         group, caption = f"group {i // OF_A_GROUP} {text}", f"caption {number} {text}"
         out.append(Pair(uid(number), f"00000000{text}", group, OF_A_GROUP, caption, f"one of 6 {text}", known))
