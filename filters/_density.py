@@ -48,7 +48,8 @@ class Density:
 
     def near(self, batch: Batch, pool: Batch | None) -> tuple[np.ndarray, np.ndarray]:
         """Distances [n, k] and rows [n, k] of the pairs' images to their nearest references, nearest first."""
-        if self.reference == "pool" and pool is not None:
+        if self.reference == "pool":
+            assert pool is not None, "a detector with `pools` is given one"
             return neighbours(batch, pool, "image_embedding", self.k, among=columns(self.of))
         distance, index = batch_neighbours(batch, columns(self.of), self.size, self.k)
         rows = placed(len(batch), self.size, len(columns(self.of))).row
@@ -64,7 +65,8 @@ class Density:
 
     def theirs(self, batch: Batch, pool: Batch | None) -> np.ndarray:
         """Distances [m, k] of the references to their own nearest."""
-        if self.reference == "pool" and pool is not None:
+        if self.reference == "pool":
+            assert pool is not None
             return pool_distances(pool, columns(self.of), self.k)
         return batch_neighbours(batch, columns(self.of), self.size, self.k)[0]
 

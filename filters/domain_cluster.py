@@ -16,7 +16,8 @@ import numpy as np
 from filters._batch import Batch, cosine
 from pipeline.tables import domain
 
-Totals = dict[str, tuple[int, float]]  # by domain: pairs with a value, and the sum of these
+UNIT = 2**30  # sums are of whole parts of one, so that they do not hang on which shard is done first
+Totals = dict[str, tuple[int, int]]  # by domain: pairs, and the sum of their values in UNITs
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,22 @@ class domain_cluster:
         total: Totals = {}
         for name, value in self._values(batch):
             if name and np.isfinite(value):
-                pairs, summed = total.get(name, (0, 0.0))
-                total[name] = pairs + 1, summed + value
+                pairs, summed = total.get(name, (0, 0))
+                total[name] = pairs + 1, summed + round(float(value) * UNIT)
         return total
 
     def merge(self, one: Totals, other: Totals) -> Totals:
         for name, (pairs, summed) in other.items():
-            before = one.get(name, (0, 0.0))
+            before = one.get(name, (0, 0))
             one[name] = before[0] + pairs, before[1] + summed
         return one
 
     def score(self, batch: Batch, pool: Batch | None, summary: Totals) -> np.ndarray:
         pairs = sum(n for n, _ in summary.values())
-        usual = sum(summed for _, summed in summary.values()) / max(pairs, 1)
-        shrunk = {name: (summed + self.prior * usual) / (n + self.prior) for name, (n, summed) in summary.items()}
+        usual = sum(summed for _, summed in summary.values()) / UNIT / max(pairs, 1)
+        shrunk = {
+            name: (summed / UNIT + self.prior * usual) / (n + self.prior) for name, (n, summed) in summary.items()
+        }
         return np.asarray([shrunk.get(domain(url), usual) for url in batch.url], np.float64)
 
     def _values(self, batch: Batch) -> Iterator[tuple[str, float]]:

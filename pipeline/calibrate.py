@@ -26,7 +26,7 @@ from pipeline.choice import BUDGETS, Canaries, Rule, choose, held_out
 from pipeline.draw import hash64
 from pipeline.embed import embed
 from pipeline.errors import InputError
-from pipeline.inputs import EARLIER, EMBEDDED
+from pipeline.inputs import EARLIER, EMBEDDED, TRACES
 from pipeline.plan import Dose
 from pipeline.poison import poison
 from pipeline.progress import run_stage
@@ -140,10 +140,12 @@ class _Calibration:
                 raise InputError(f"{spec.text(entry)} reads the ledger: it would find every canary and nothing else")
         if not 0 < self.drop < 1 or self.most < 1:
             raise InputError("--drop is a share between 0 and 1, --most at least 1")
-        families = {spec.innermost(text) for text in self.attacks}
+        attacks = dict.fromkeys(spec.text(spec.parse("attacks", text)) for text in self.attacks)
+        if several := [text for text in attacks if len(spec.parse("attacks", text).parts()) > 1]:
+            raise InputError(f"--attacks: {several[0]} is several; give each of them, for it has canaries of its own")
+        families = {spec.innermost(text) for text in attacks}
         if len(families) < 2:
             raise InputError(f"--attacks: of two families at least, for one is left out; here is {', '.join(families)}")
-        attacks = dict.fromkeys(spec.text(spec.parse("attacks", text)) for text in self.attacks)
         when = self.when()
         return [_Trial(self, attack, when) for attack in attacks]
 
@@ -159,18 +161,27 @@ class _Calibration:
 
     def when(self) -> dict[int, tuple[str, ...]]:
         """By epoch, who scores there. Whoever reads no embeddings scores the same at any epoch, so at the last only."""
-        epochs, found = self.looked(), {}
-        for epoch in epochs:
-            names = []
-            for entry in map(_detector, self.detectors):
-                compares, looks = (bool(set(entry.needs) & set(columns)) for columns in (EARLIER, EMBEDDED))
-                if epoch != epochs[0] if compares else looks or epoch == epochs[-1]:
-                    names.append(spec.text(entry))
-            if names:
-                found[epoch] = tuple(names)
+        from train.recipes import recipe_of
+
+        epochs, end = self.looked(), recipe_of(self.recipe).epochs
+        found: dict[int, tuple[str, ...]] = {}
+        for entry in map(_detector, self.detectors):
+            if epochs[-1] < end and set(TRACES) & set(entry.needs) and not 0 < entry.until <= epochs[-1]:
+                raise InputError(
+                    f"{spec.text(entry)} reads more epochs than the {epochs[-1]} that --epochs looks at; write "
+                    f"until={epochs[-1]}"
+                )
+            for epoch in _epochs_of(entry, epochs):
+                found[epoch] = (*found.get(epoch, ()), spec.text(entry))
         if not found:
             raise InputError("--detectors: those that compare two checkpoints need two --epochs")
-        return found
+        return dict(sorted(found.items()))
+
+
+def _epochs_of(detector: Any, looked: list[int]) -> list[int]:
+    if set(detector.needs) & set(EARLIER):
+        return looked[1:]
+    return looked if set(detector.needs) & set(EMBEDDED) else looked[-1:]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.arguments import Out, Shards, at_least_one
 from pipeline.buckets import Buckets, by_sample
 from pipeline.dataset import Row, describe, write_stats
 from pipeline.errors import InputError
+from pipeline.policies._select import Scores, unscored
 from pipeline.progress import console
 from pipeline.scored import Scored, make_groups
 from pipeline.shard_map import Job, check_made_from, locked, shard_map
@@ -125,12 +126,12 @@ class _Filter:
 
         found = self.scored.read(shard.name)
         drops = dict(zip(found["uid"], self.policy.drops(found, fitted).tolist(), strict=True))
-        unscored = set(found["uid"][self.policy.unscored(found)])
+        lacking = set(found["uid"][_for_want_of_a_score(self.policy, found, fitted)])
         reasons: dict[str, str | None] = {}
 
         def keep(sample: Sample) -> Sample | None:
             dropped = drops.get(sample.uid, True)
-            why = "unscored" if sample.uid in unscored else spec.text(self.policy)
+            why = "unscored" if sample.uid in lacking else spec.text(self.policy)
             reasons[sample.uid] = why if dropped else None
             return None if dropped else sample
 
@@ -162,6 +163,14 @@ class _Filter:
                     counts.facts[folder] = ledger.write_part(join(out, folder), shard, rows)
                     counts.facts["files"].append(f"{folder}/{counts.facts[folder]['file']}")
         return counts
+
+
+def _for_want_of_a_score(policy: Any, found: Scores, fitted: Any) -> np.ndarray:
+    """bool[n]: pairs that a policy, or a part of it, drops where it lacks a score."""
+    parts = getattr(policy, "parts", None)
+    if parts is None:
+        return unscored(found, policy.detectors) & policy.drops(found, fitted)
+    return np.any([_for_want_of_a_score(p, found, learnt) for p, learnt in zip(parts, fitted, strict=True)], axis=0)
 
 
 def _told(fitted: Any) -> Any:

@@ -61,14 +61,22 @@ class Scored:
         return [name for name, paths in wanted.items() if there.issuperset(paths)]
 
     def read(self, shard_name: str) -> dict[str, np.ndarray]:
-        """`uid`, a float32[n] a column, NaN where another folder lacks the pair, and uint64[n] a group."""
+        """`uid`, a float32[n] a column, and uint64[n] a group.
+
+        Raises InputError where the folders are not of the same pairs: what has no score has a row with NaN.
+        """
         out: dict[str, np.ndarray] = {}
         for folder, path in zip(self.folders, self.paths(shard_name), strict=True):
             found = read_scores(path)
             uid = found.pop("uid")
             rows = sidecars.rows_of(out.setdefault("uid", uid), uid)
+            if missing := int((rows < 0).sum()):
+                raise InputError(
+                    f"{path}: lacks {missing:,} of the {len(rows):,} pairs of {self.paths(shard_name)[0]}; is it of "
+                    "other data, or of another --uid? Score it anew"
+                )
             for name, values in found.items():
-                out[f"{self.called(folder)}:{name}"] = np.where(rows < 0, np.float32(np.nan), values[rows])
+                out[f"{self.called(folder)}:{name}"] = values[rows]
         if self.groups:
             found = _read_groups(self.groups, shard_name)
             rows = sidecars.rows_of(out["uid"], found.pop("uid"))

@@ -5,16 +5,15 @@ row for each group that is too large, at most a pair in n + 1. Of a group that i
 pairs a shard.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from pipeline.buckets import Buckets, even
-from pipeline.policies._select import column, keys, ties
+from pipeline.policies._select import Scores, column, keys, ties
 
-Scores = Mapping[str, np.ndarray]
 Passes = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
@@ -54,12 +53,6 @@ class Cap:
             return np.zeros(len(groups), bool)
         at = np.minimum(np.searchsorted(fitted.groups, groups), len(fitted.groups) - 1)
         return (fitted.groups[at] == groups) & (self._keys(scores) >= fitted.first[at])
-
-    def unscored(self, scores: Scores) -> np.ndarray:
-        """bool[n]: pairs that the detector could not score."""
-        if not self.detector:
-            return np.zeros(len(scores["uid"]), bool)
-        return np.isnan(scores[column(scores, self.detector)])
 
     def _keys(self, scores: Scores) -> np.ndarray:
         return keys(scores[column(scores, self.detector)], scores["uid"]) if self.detector else ties(scores["uid"])

@@ -1,6 +1,6 @@
 """The n-th most suspicious of all scores, exactly, in four passes over the sidecars and half a megabyte of memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 
@@ -9,6 +9,7 @@ import numpy as np
 from pipeline import spec
 from pipeline.errors import InputError
 
+Scores = Mapping[str, np.ndarray]  # of a shard: uid, a float32[n] a column, and uint64[n] a group (pipeline/scored.py)
 DIGIT = 16
 SHOWN = 12  # columns that an error lists
 NOT_SCORES = ("uid", "caption", "domain")  # the last two: `needs` of a policy, uint64 groups (pipeline/scored.py)
@@ -53,6 +54,14 @@ def ordered(scores: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32).astype(np.uint64)
     negative = bits >> np.uint64(31) == 1
     return np.where(negative, ~bits & np.uint64(0xFFFFFFFF), bits | np.uint64(0x80000000))
+
+
+def unscored(scores: Scores, detectors: Sequence[str]) -> np.ndarray:
+    """bool[n]: pairs that one of the detectors could not score."""
+    missing = np.zeros(len(scores["uid"]), bool)
+    for name in detectors:
+        missing |= np.isnan(scores[column(scores, name)])
+    return missing
 
 
 def keys(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What `any_of` and `all_of` share: several policies asked about the same pairs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from pipeline import spec
-
-Scores = Mapping[str, np.ndarray]
+from pipeline.policies._select import Scores
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,6 @@ class Several:
     def fit(self, passes: Callable[[], Iterable[Scores]]) -> tuple[Any, ...]:
         """What each of them learns."""
         return tuple(part.fit(passes) for part in self.parts)
-
-    def unscored(self, scores: Scores) -> np.ndarray:
-        """bool[n]: pairs that one of the detectors could not score."""
-        return np.any([part.unscored(scores) for part in self.parts], axis=0)
 
     def _each(self, scores: Scores, fitted: tuple[Any, ...]) -> list[np.ndarray]:
         return [part.drops(scores, learnt) for part, learnt in zip(self.parts, fitted, strict=True)]

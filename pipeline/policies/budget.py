@@ -1,13 +1,11 @@
 """Remove a fixed share: the form in which filters are compared, because every arm then trains on as much data."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.policies._select import column, keys, nth_largest, share_of
-
-Scores = Mapping[str, np.ndarray]
+from pipeline.policies._select import Scores, column, keys, nth_largest, share_of
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,6 @@ class budget:
     def drops(self, scores: Scores, fitted: int) -> np.ndarray:
         """bool[n]"""
         return self._keys(scores) >= fitted if fitted < 2**64 else np.zeros(len(scores["uid"]), bool)
-
-    def unscored(self, scores: Scores) -> np.ndarray:
-        """bool[n]: pairs that the detector could not score."""
-        return np.isnan(scores[column(scores, self.detector)])
 
     def _keys(self, scores: Scores) -> np.ndarray:
         return keys(scores[column(scores, self.detector)], scores["uid"])

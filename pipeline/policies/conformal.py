@@ -15,18 +15,17 @@ Source: split conformal prediction (Vovk et al. 2005; Lei et al. 2018, section 2
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
+from pipeline import spec
 from pipeline.errors import InputError
-from pipeline.policies._select import column, ordered
+from pipeline.policies._select import Scores, column, ordered
 from pipeline.shards.store import exists, view
 from pipeline.spec import UNDRAWN
-
-Scores = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,6 @@ class conformal:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise ValueError("alpha is a share: 0 < alpha < 1")
-        if "reference='batch'" in self.detector or "_released" in self.detector:
-            raise ValueError(f"{self.detector} scores trusted pairs by their own company, and the others by theirs")
 
     @property
     def detectors(self) -> tuple[str, ...]:
@@ -52,7 +49,7 @@ class conformal:
         """The threshold, in the order of `ordered`."""
         trusted = self._trusted()
         rows = ((scores, np.asarray([uid in trusted for uid in scores["uid"]], bool)) for scores in passes())
-        found = [ordered(scores[column(scores, self.detector)][here]) for scores, here in rows]
+        found = [ordered(scores[self._column(scores)][here]) for scores, here in rows]
         values = np.sort(np.concatenate([*found, np.empty(0, np.uint64)]))
         if len(values) > len(trusted):
             raise InputError(
@@ -66,13 +63,19 @@ class conformal:
             )
         return int(values[rank - 1])
 
+    def _column(self, scores: Scores) -> str:
+        name = column(scores, self.detector)
+        try:
+            reference = getattr(spec.parse("detectors", name.partition(":")[2]), "reference", "")
+        except InputError:  # scores of somebody's own
+            reference = ""
+        if reference == "batch":
+            raise InputError(f"{name} scores trusted pairs by their own company, and the others by theirs")
+        return name
+
     def drops(self, scores: Scores, fitted: int) -> np.ndarray:
         """bool[n]"""
         return ordered(scores[column(scores, self.detector)]) > fitted
-
-    def unscored(self, scores: Scores) -> np.ndarray:
-        """bool[n]: pairs that the detector could not score."""
-        return np.isnan(scores[column(scores, self.detector)])
 
     def _trusted(self) -> set[str]:
         if not exists(self.trusted):

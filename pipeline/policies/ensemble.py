@@ -11,16 +11,15 @@ therefore says little about them.
 Source: Fisher 1932; Good 1955 (weighted combination); the use as an ensemble of detectors is ours.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from pipeline.policies._ranks import Ranks, ranks
-from pipeline.policies._select import column, keys, nth_largest, ordered, share_of
+from pipeline.policies._select import Scores, column, keys, nth_largest, ordered, share_of
 
-Scores = Mapping[str, np.ndarray]
 Combine = Literal["min", "mean"]
 
 
@@ -63,10 +62,6 @@ class ensemble:
         if fitted.last >= 2**64:
             return np.zeros(len(scores["uid"]), bool)
         return self._keys(scores, fitted.ranks) >= fitted.last
-
-    def unscored(self, scores: Scores) -> np.ndarray:
-        """bool[n]: pairs that one of the detectors could not score."""
-        return np.any([np.isnan(scores[column(scores, name)]) for name in self.detectors], axis=0)
 
     def _ordered(self, scores: Scores) -> list[np.ndarray]:
         return [ordered(scores[column(scores, name)]) for name in self.detectors]

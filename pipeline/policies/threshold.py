@@ -1,13 +1,11 @@
 """Remove what scores above a fixed value: for a threshold that is known from elsewhere."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.policies._select import column
-
-Scores = Mapping[str, np.ndarray]
+from pipeline.policies._select import Scores, column
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,3 @@ class threshold:
     def drops(self, scores: Scores, fitted: None) -> np.ndarray:
         """bool[n]"""
         return ~(scores[column(scores, self.detector)] <= self.above)
-
-    def unscored(self, scores: Scores) -> np.ndarray:
-        """bool[n]: pairs that the detector could not score."""
-        return np.isnan(scores[column(scores, self.detector)])

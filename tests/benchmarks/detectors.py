@@ -1,4 +1,4 @@
-"""The table of docs/results/filters.md: every detector at every epoch against every attack, of a `mithridate loop`.
+"""The table of docs/results/detectors.md: every detector at every epoch against every attack, of a `mithridate loop`.
 
 `python -m tests.benchmarks.detectors OUT …` after `mithridate loop docs/results/filters.toml OUT`, or one OUT a seed. A
 cell is the mean over the seeds with a 95% interval over seeds and poisons; the order is that of the worst attack.
@@ -54,7 +54,7 @@ def over_seeds(found: Sequence[tuple[float, float, float]]) -> tuple[float, floa
 
 
 def _short(detector: str) -> str:
-    """The spec without what is as by default in most of them."""
+    """The spec without what is as by default."""
     return spec.key(spec.parse("detectors", detector)).removesuffix("()")
 
 

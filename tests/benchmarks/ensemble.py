@@ -49,6 +49,8 @@ Rates = dict[str, list[tuple[float, float, float]]]  # by attack: recall and its
 def main(config: str, out: str) -> None:
     """Print recall at DROP removed, by rule and attack, with an interval over seeds and poisons; and the rules."""
     plan = Config.read(config)
+    if len(plan.seeds) < 2:
+        raise SystemExit(f"{config}: a rule is judged on another seed than it was chosen on; give two or more")
     tables = {seed: [_table(plan, attack, seed, out) for attack in plan.attacks] for seed in plan.seeds}
     for title, left_out in (("All detectors", REFERENCES), ("Without counting", (*REFERENCES, *COUNTING))):
         print(f"\n{title}\n")

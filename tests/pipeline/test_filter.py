@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import pairs, records, write_tar
@@ -165,6 +166,37 @@ def test_a_pair_without_a_row_is_not_dropped_on_top_of_the_budget(poisoned, tmp_
             scores=(str(tmp_path / "s"),),
             policy="budget(detector='random', drop=0.1)",
         )
+
+
+def test_folders_of_scores_that_are_not_of_the_same_pairs_are_refused(poisoned, tmp_path):
+    """Whichever is named first: a pair that one of them lacks is not simply the most suspicious of all."""
+    for name, detector in (("a", "random"), ("b", "encoding_outlier")):
+        score(str(poisoned), str(tmp_path / name), detector=(detector,))
+    path = next((tmp_path / "b").glob("*.scores.parquet"))
+    pq.write_table(pq.read_table(path).slice(3), path)
+    with pytest.raises(InputError, match=r"lacks 3 of the 20 pairs"):
+        filter_shards(
+            str(poisoned),
+            str(tmp_path / "f"),
+            scores=(str(tmp_path / "a"), str(tmp_path / "b")),
+            policy="budget(detector='encoding_outlier', drop=0.1)",
+        )
+
+
+def test_what_another_part_of_a_policy_drops_is_not_called_unscored(poisoned, tmp_path):
+    score(str(poisoned), str(tmp_path / "s"), detector=("random",))
+    for path in (tmp_path / "s").glob("*.scores.parquet"):
+        found = pq.read_table(path)
+        values = found.column(1).to_numpy().copy()
+        values[:10] = np.nan
+        pq.write_table(found.set_column(1, found.field(1), pa.array(values, pa.float32())), path)
+    policy = "any_of(policies=(\"budget(detector='random', drop=0.05)\", 'caption_cap(n=1)'))"
+    filter_shards(str(poisoned), str(tmp_path / "f"), scores=(str(tmp_path / "s"),), policy=policy)
+    dropped = pl.read_parquet(tmp_path / "f/keep.parquet").filter(~pl.col("kept"))
+    assert dropped.filter(reason="unscored").height == 3  # 5% of 60, all of which lack a score
+    capped = dropped.filter(pl.col("reason").str.starts_with("any_of"))["uid"]
+    without = [uid for shard in list_shards(str(poisoned)) for uid in uids(shard)[:10]]
+    assert set(capped) & set(without), "dropped by the cap alone, and lacks a score"
 
 
 def test_a_column_is_called_by_what_was_typed_for_it():

@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.filter import filter_shards
 from pipeline.policies import _cap
 from pipeline.policies._ranks import ranks
-from pipeline.policies._select import column, ordered
+from pipeline.policies._select import column, ordered, unscored
 from pipeline.score import score
 
 # A call of every policy; "{trusted}" is a file of uids.
@@ -84,7 +84,7 @@ def test_the_unscored_go_first(name, trusted):
     policy, scores = policy_of(CALLS[name].replace("{trusted}", trusted)), table(1000)
     scores["s:slof(k=16)"][[7, 70]] = np.nan
     assert {name_of(7), name_of(70)} <= dropped(policy, [scores])
-    assert policy.unscored(scores).nonzero()[0].tolist() == [7, 70]
+    assert unscored(scores, policy.detectors).nonzero()[0].tolist() == [7, 70]
 
 
 @pytest.mark.parametrize("name", ["budget", "threshold"])
@@ -111,6 +111,17 @@ def false_removals(tmp_path, alpha: float, n: int, draws: int, values) -> np.nda
         fitted = policy.fit(lambda scores=scores: iter([scores]))
         rates.append(policy.drops(scores, fitted)[n:].mean())
     return np.asarray(rates)
+
+
+@pytest.mark.parametrize("detector", ["kdist(k=16, reference='batch')", "slof_released(k=16)"])
+def test_a_score_among_the_company_of_a_batch_is_refused_whatever_it_is_called(tmp_path, detector):
+    (tmp_path / "trusted.txt").write_text("\n".join(table(100)["uid"]))
+    name = spec.text(spec.parse("detectors", detector))
+    scores = {"uid": table(100)["uid"], f"s:{name}": np.zeros(100, np.float32)}
+    for called in (detector.partition("(")[0], name, f"s:{name}"):
+        policy = policy_of(f"conformal(detector={called!r}, trusted={str(tmp_path / 'trusted.txt')!r}, alpha=0.1)")
+        with pytest.raises(InputError, match="by their own company"):
+            policy.fit(lambda: iter([scores]))
 
 
 @pytest.mark.parametrize(("alpha", "n"), [(0.1, 19), (0.05, 99), (0.2, 7)])
