@@ -6,11 +6,16 @@ Source: Liu et al., ICDM 2008 (isolation forest, 100 trees of 256 rows); over en
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from filters._batch import Batch
+from filters._learnt import learnt
 from pipeline.facts import NAMES
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import IsolationForest
 
 FAMILIES = ("header.", "size.", "json.")  # colours and words tell what a pair shows, not how it was written
 KINDS = 64  # distinct values above which a fact is a measure rather than a kind
@@ -24,17 +29,21 @@ class encoding_outlier:
     pools = needs
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
-        from sklearn.ensemble import IsolationForest
-
         taken = [column for column, name in enumerate(NAMES) if name.startswith(FAMILIES)]
-        usual, own = pool.facts[:, taken], batch.facts[:, taken]
+        known, forest = learnt(pool, self, lambda: _fitted(pool.facts[:, taken]))
+        own = batch.facts[:, taken]
         seen = np.isfinite(own).any(axis=1)
-        known = [_Fact(column) for column in usual.T]
-        forest = IsolationForest(n_estimators=100, random_state=0).fit(_described(known, usual))
         scores = np.full(len(batch), np.nan)
         if seen.any():
             scores[seen] = -forest.score_samples(_described(known, own[seen]))
         return scores
+
+
+def _fitted(usual: np.ndarray) -> tuple[list["_Fact"], "IsolationForest"]:
+    from sklearn.ensemble import IsolationForest
+
+    known = [_Fact(column) for column in usual.T]
+    return known, IsolationForest(n_estimators=100, random_state=0).fit(_described(known, usual))
 
 
 class _Fact:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from filters._batch import BANDS, Batch
+from filters._learnt import learnt
 from filters._robust import deviations
 from pipeline.errors import InputError
 
@@ -26,13 +27,18 @@ class frequency_residue:
     pools = needs
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
-        usual = pool.spectrum[np.isfinite(pool.spectrum).all(axis=1)].astype(np.float64)
-        if len(usual) <= BANDS:
-            raise InputError(f"frequency_residue: {len(usual)} of the pool's images can be decoded; give --pool more")
-        predict = np.linalg.lstsq(_low(usual), usual[:, HIGH:], rcond=None)[0]
-        spread = usual[:, HIGH:] - _low(usual) @ predict
+        predict, spread = learnt(pool, self, lambda: _fitted(pool.spectrum))
         own = batch.spectrum[:, HIGH:] - _low(batch.spectrum) @ predict
         return deviations(own, spread, TINY).max(axis=1)
+
+
+def _fitted(spectrum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What predicts the high bands from the low ones, and by how much it is off for each picture of the pool."""
+    usual = spectrum[np.isfinite(spectrum).all(axis=1)].astype(np.float64)
+    if len(usual) <= BANDS:
+        raise InputError(f"frequency_residue: {len(usual)} of the pool's images can be decoded; give --pool more")
+    predict = np.linalg.lstsq(_low(usual), usual[:, HIGH:], rcond=None)[0]
+    return predict, usual[:, HIGH:] - _low(usual) @ predict
 
 
 def _low(spectrum: np.ndarray) -> np.ndarray:

@@ -6,10 +6,15 @@ Source: Liu et al. 2008; as a detector Huang et al., ICLR 2025, 100 trees, which
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from filters._batch import Batch
+from filters._learnt import learnt
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import IsolationForest
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,15 @@ class isolation_forest:
             raise ValueError(f"trees={self.trees}: at least 1")
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
-        from sklearn.ensemble import IsolationForest
-
-        rows = pool.image_embedding
-        forest = IsolationForest(n_estimators=self.trees, random_state=self.seed % 2**32)
-        forest.fit(rows[np.isfinite(rows).all(axis=1)])
+        forest = learnt(pool, self, lambda: self._fitted(pool.image_embedding))
         scores = np.full(len(batch), np.nan)
         good = np.isfinite(batch.image_embedding).all(axis=1)
         if good.any():
             scores[good] = -forest.score_samples(batch.image_embedding[good])
         return scores
+
+    def _fitted(self, rows: np.ndarray) -> "IsolationForest":
+        from sklearn.ensemble import IsolationForest
+
+        forest = IsolationForest(n_estimators=self.trees, random_state=self.seed % 2**32)
+        return forest.fit(rows[np.isfinite(rows).all(axis=1)])

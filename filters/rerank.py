@@ -17,10 +17,9 @@ import numpy as np
 
 from filters._batch import Batch
 from filters._knn import most
+from filters._learnt import learnt
 from pipeline import spec
 from pipeline.draw import hash64
-
-_CUTS: dict[str, tuple[float, float]] = {}  # of the pools that this process has seen: two numbers each
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,6 @@ class rerank:
         return _union(("uid",), self._cheap.needs, *(getattr(part, "pools", ()) for part in (self._cheap, self._dear)))
 
     @property
-    def k(self) -> int:
-        return max(getattr(part, "k", 1) for part in (self._cheap, self._dear))
-
-    @property
     def within(self) -> dict[tuple[str, ...], int]:
         return most(getattr(part, "within", {}) for part in (self._cheap, self._dear))
 
@@ -79,7 +74,9 @@ class rerank:
         return _union(*(getattr(part, "files", ()) for part in (self._cheap, self._dear)))
 
     def __getattr__(self, name: str) -> Any:
-        """`summarize` and `merge` only where a part has them: a summary costs a pass over the dataset."""
+        """Only where a part has them: `k` says that neighbours are looked for, and a summary costs a pass over all."""
+        if name == "k" and (asked := [part.k for part in (self._cheap, self._dear) if hasattr(part, "k")]):
+            return max(asked)
         if name in ("summarize", "merge") and any(hasattr(p, "summarize") for p in (self._cheap, self._dear)):
             return getattr(self, f"_{name}")
         raise AttributeError(name)
@@ -98,7 +95,8 @@ class rerank:
     def score(self, batch: Batch, pool: Batch, summary: tuple[Any, Any] = (None, None)) -> np.ndarray:
         """Above 0 the checked pairs, by the check; from 0 down the rest, by the cheap detector."""
         first = _run(self._cheap, batch, pool, summary[0])
-        cut, lots = self._cut(pool, summary[0])
+        told = hashlib.sha256(pickle.dumps(summary[0])).hexdigest()
+        cut, lots = learnt(pool, (self, told), lambda: self._cut(pool, summary[0]))
         drawn = np.asarray([hash64(0, "rerank", who) / 2**64 for who in batch.uid])
         checked = np.flatnonzero((first > cut) | ((first == cut) & (drawn < lots)))
         scores = np.minimum(first - cut, 0)
@@ -109,15 +107,11 @@ class rerank:
 
     def _cut(self, pool: Batch, summary: Any) -> tuple[float, float]:
         """The score above which a pair is checked, and the probability of that for a pair with this very score."""
-        columns = [] if pool.drawn.digests else [getattr(pool, name) for name in self.pools]
-        key = hashlib.sha256(pickle.dumps((spec.text(self), pool.drawn, columns, summary))).hexdigest()
-        if key not in _CUTS:
-            scores = _run(self._cheap, pool, pool, summary)
-            scores = scores[np.isfinite(scores)]
-            cut = np.quantile(scores, 1 - self.share, method="inverted_cdf") if len(scores) else np.inf
-            above, at = (scores > cut).sum(), max((scores == cut).sum(), 1)
-            _CUTS[key] = float(cut), float((self.share * len(scores) - above) / at)
-        return _CUTS[key]
+        scores = _run(self._cheap, pool, pool, summary)
+        scores = scores[np.isfinite(scores)]
+        cut = np.quantile(scores, 1 - self.share, method="inverted_cdf") if len(scores) else np.inf
+        above, at = (scores > cut).sum(), max((scores == cut).sum(), 1)
+        return float(cut), float((self.share * len(scores) - above) / at)
 
 
 def _run(detector: Any, batch: Batch, pool: Batch, summary: Any) -> np.ndarray:

@@ -7,11 +7,11 @@ Source: Yang et al., ICML 2024 (SafeCLIP), after one epoch of CLIP at a tiny lea
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from filters._batch import Batch, unit
+from filters._learnt import learnt
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,17 @@ class similarity_mixture:
     pools = needs
 
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
-        fitted = _fitted(_cosine(pool).tobytes())
-        return _log_odds(_cosine(batch), *fitted)
+        return _log_odds(_cosine(batch), *learnt(pool, self, lambda: _fitted(_cosine(pool))))
 
 
 def _cosine(rows: Batch) -> np.ndarray:
     return (unit(rows.image_embedding) * unit(rows.text_embedding)).sum(axis=1, dtype=np.float64)
 
 
-@lru_cache(maxsize=1)  # the pool is that of every shard
-def _fitted(similarities: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fitted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights, means and variances, the lower component first."""
     from sklearn.mixture import GaussianMixture
 
-    values = np.frombuffer(similarities)
     mixture = GaussianMixture(2, random_state=0).fit(values[np.isfinite(values), None])
     order = np.argsort(mixture.means_[:, 0])
     return mixture.weights_[order], mixture.means_[order, 0], mixture.covariances_[order, 0, 0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from filters._batch import Batch
 from filters._knn import neighbours
+from filters._learnt import learnt
 
 COARSE = 16  # pixels a side that are compared
 
@@ -28,7 +29,7 @@ class strangers:
     def score(self, batch: Batch, pool: Batch) -> np.ndarray:
         column = "image_embedding"
         index = neighbours(batch, pool, column, self.k, cosine=True)[1]
-        own, theirs = _coarse(batch.pixels), _coarse(pool.pixels)
+        own, theirs = _coarse(batch.pixels), learnt(pool, "coarse pixels", lambda: _coarse(pool.pixels))
         near = np.zeros(len(batch))
         for rank in range(self.k):  # n x k x pixels would be k times the batch
             near += ((own - theirs[index[:, rank]]) ** 2).sum(axis=1) / self.k

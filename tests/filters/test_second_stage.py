@@ -106,6 +106,7 @@ def test_a_rerank_asks_for_what_its_parts_ask_for():
     assert entry.k == 40
     assert hasattr(entry, "summarize")
     assert not hasattr(spec.parse("detectors", RERANK), "summarize")
+    assert not hasattr(spec.parse("detectors", RERANK), "k"), "nobody looks for neighbours"
     whole = trial(300)
     urls = objects([f"http://{'ab'[i < 20]}.org/{i}" for i in range(300)])
     whole = Batch(whole.uid, whole.image_embedding, url=urls, hash_agrees=(np.arange(300) >= 20).astype(np.float32))
