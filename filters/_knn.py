@@ -11,12 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from filters._batch import Batch, Drawn, unit
+from filters._batch import Batch, unit
+from filters._learnt import learnt
 from filters._search import Found, Reference, search
-
-KEPT = 8  # references with lists, which take minutes to make
-
-_references: dict[tuple[Drawn, tuple[str, ...], bool], Reference] = {}
 
 
 class Search(NamedTuple):
@@ -129,16 +126,13 @@ def _near(queries: Batch, pool: Batch, wanted: Search, k: int, exact: bool = Fal
 
 def _reference(pool: Batch, columns: tuple[str, ...], cosine: bool = False) -> Reference:
     """The pool as a search wants it; with lists, kept for the next shard, whose pool is the same in other memory."""
-    key = (pool.drawn, columns, cosine)
-    made = _references.pop(key, None)
-    if made is None:
+
+    def make() -> Reference:
         rows = _below([getattr(pool, name) for name in columns])
-        made = Reference.of(unit(rows) if cosine else rows, distinct=True, probes=pool.drawn.probes)
-    if pool.drawn.digests and made.lists:
-        _references[key] = made  # the last used is the last to go
-        while len(_references) > KEPT:
-            _references.pop(next(iter(_references)))
-    return made
+        return Reference.of(unit(rows) if cosine else rows, distinct=True, probes=pool.drawn.probes)
+
+    # lists take minutes to make; without them there is nothing to keep but a copy of the pool
+    return learnt(pool, ("reference", columns, cosine), make) if pool.drawn.probes else make()
 
 
 def most(wanted: Iterable[dict[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from filters._batch import Batch, Drawn
 
-KEPT = 8
+KEPT = 16
 T = TypeVar("T")
 
 _learnt: dict[tuple[Drawn, Hashable], object] = {}

@@ -81,6 +81,7 @@ def audit(
         max_failed_shards: so many shards may be unreadable without exit code 1; they are a finding in any case.
     """
     from pipeline.audit_columns import Columns, Source, list_inputs, sha256_of_file
+    from pipeline.audit_nearest import IMAGE
     from pipeline.audit_report import write_report
 
     listed, metadata = list_inputs(shards)
@@ -99,11 +100,11 @@ def audit(
         markers = shard_map(job, listed, Columns(uid, metadata))
         about = _about(shards, listed, markers, out, metadata)
         ledger = ledger or (_beside(listed) if not metadata else None)
-        reports, unseen = _look(listed, about, source, ledger, attribute)
+        there = [shard for shard in listed if shard.file in about.pairs]
+        missing = _missing(there, source, not ledger)
+        reports, unseen = _look(there, about, source, ledger, attribute, missing)
         audited, found = _written(shards, out, reports, unseen, about)
-        blind = {one.audit for one in unseen}
-        seen = bool(scores) and "scores" not in blind, bool(embeddings) and "caption_clusters" not in blind
-        write_report(audited, found, listed, about, source, *seen, ledger)
+        write_report(audited, found, there, about, source, {"scores", IMAGE} - missing.keys(), ledger)
     _print(audited, out)
     if len(about.failed) > max_failed_shards:
         named = "; ".join(about.failed.values())
@@ -159,16 +160,19 @@ def _beside(shards: Sequence[Shard]) -> str | None:
 
 
 def _look(
-    shards: Sequence[Shard], about: "About", source: "Source", ledger: str | None, attribute: tuple[str, ...]
+    shards: Sequence[Shard],
+    about: "About",
+    source: "Source",
+    ledger: str | None,
+    attribute: tuple[str, ...],
+    missing: Mapping[str, tuple[str, str]],
 ) -> tuple[dict[str, "Report"], list["Unseen"]]:
     """The report of each audit that could look, and why others could not."""
     import polars as pl
 
     from pipeline.audits._schema import Unseen
 
-    there = [shard for shard in shards if shard.file in about.pairs]
     known = ledgers.poisoned_uids(ledger) if ledger else None
-    missing = _missing(there, source, known is None)
     entries, unseen = {}, []
     for name in spec.names("audits"):
         entry = spec.entry("audits", name)(*((attribute,) if name == "leakage" else ()))
@@ -177,13 +181,13 @@ def _look(
         if not why:
             entries[name] = entry
     merged = {name: entry.empty() for name, entry in entries.items() if hasattr(entry, "empty")}
-    for _, part in succeeded(each("map", there, _Map(entries, source, about.sha256), known)):
+    for _, part in succeeded(each("map", shards, _Map(entries, source, about.sha256), known)):
         for name, counts in part.of.items():
             merged[name] = entries[name].merge(merged[name], counts) if name in merged else counts
     marking = {name: entry for name, entry in entries.items() if hasattr(entry, "mark") and name in merged}
     make_folder(join(source.out, "marks"))
     files: dict[str, list[str]] = {name: [] for name in marking}
-    for _, part in succeeded(each("mark", there, _Mark(marking, source, about.sha256), known, merged)):
+    for _, part in succeeded(each("mark", shards, _Mark(marking, source, about.sha256), known, merged)):
         for name, file in part.of.items():
             files[name].append(file)
     reports = {}

@@ -16,7 +16,7 @@ from pipeline.shard_map import each, succeeded
 from pipeline.shards import Shard
 
 NEAREST = 4  # of a pair
-COLUMN = "image_embedding"
+IMAGE = "image_embedding"
 CUT = 100  # characters of a caption
 Place = tuple[str, str]  # shard, uid
 
@@ -31,50 +31,22 @@ class Near(NamedTuple):
 
 
 def nearest(
-    shards: Sequence[Shard], source: Source, sha256: Mapping[str, str], places: set[Place]
+    shards: Sequence[Shard], source: Source, sha256: Mapping[str, str], features: Mapping[Place, np.ndarray]
 ) -> dict[Place, tuple[Near, ...]]:
-    """NEAREST of each of these pairs at most, itself left out, the nearest first; ties by shard and uid.
+    """NEAREST of each pair at most, itself left out, the nearest first; ties by shard and uid.
 
-    A shard that cannot be read any more has no neighbours to give, and its pairs none.
+    `features`: their image embeddings, float32[d]; a pair without one, NaN, has no neighbours, and neither has a shard
+    that cannot be read any more any to give.
     """
-    wanted: dict[str, list[str]] = {}
-    for name, uid in sorted(places):
-        wanted.setdefault(name, []).append(uid)
-    asked = [shard for shard in shards if shard.name in wanted]
-    queries: list[Place] = []
-    rows = []
-    for shard, found in succeeded(each("shown pairs", asked, _Rows(source, sha256), wanted), most=len(asked)):
-        queries += [(shard.name, uid) for uid in found.uids]
-        rows.append(found.rows)
+    queries = [place for place in sorted(features) if np.isfinite(features[place]).all()]
     if not queries:
         return {}
     out: dict[Place, list[Near]] = {place: [] for place in queries}
-    look = _Nearest(source, sha256)
-    for _, part in succeeded(each("neighbours", shards, look, queries, np.concatenate(rows)), most=len(shards)):
+    rows, look = unit(np.stack([features[place] for place in queries])), _Nearest(source, sha256)
+    for _, part in succeeded(each("neighbours", shards, look, queries, rows), most=len(shards)):
         for place, near in part.of.items():
             out[place] = sorted([*out[place], *near], key=lambda one: (-one.similarity, *one[1:]))[:NEAREST]
     return {place: tuple(near) for place, near in out.items()}
-
-
-@dataclass(frozen=True)
-class _Asked:
-    read: int
-    uids: list[str]
-    rows: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Unit embeddings float32[q, d] of the pairs that are shown of a shard, those that have one."""
-
-    source: Source
-    sha256: Mapping[str, str]
-
-    def __call__(self, shard: Shard, wanted: Mapping[str, Sequence[str]]) -> _Asked:
-        rows = self.source.rows(shard, self.sha256[shard.file], {COLUMN}, ())
-        mine = set(wanted[shard.name])
-        at = [i for i, uid in enumerate(rows.uid) if uid in mine and np.isfinite(rows.image_embedding[i]).all()]
-        return _Asked(len(rows), [str(rows.uid[i]) for i in at], unit(rows.image_embedding[at]))
 
 
 @dataclass(frozen=True)
@@ -91,7 +63,7 @@ class _Nearest:
     sha256: Mapping[str, str]
 
     def __call__(self, shard: Shard, queries: Sequence[Place], features: np.ndarray) -> _Part:
-        rows = self.source.rows(shard, self.sha256[shard.file], {COLUMN}, ())
+        rows = self.source.rows(shard, self.sha256[shard.file], {IMAGE}, ())
         if not len(rows):
             return _Part(0, {})
         own = {str(uid): i for i, uid in enumerate(rows.uid)}

@@ -4,7 +4,7 @@ Trade-off: shards that have a pair to show are read once more, for its picture; 
 rest. How many pairs are shown and listed is bounded, whatever the findings have.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline import ledger as ledgers
 from pipeline import sidecars
 from pipeline.audit_columns import Rows, Source
 from pipeline.audit_lists import Removal, quoted, shown
-from pipeline.audit_nearest import Place, nearest
+from pipeline.audit_nearest import IMAGE, Place, nearest
 from pipeline.audits._audit import CAPTION, About, Found
 from pipeline.audits._schema import Audited
 from pipeline.columns import read_columns
@@ -38,11 +38,10 @@ def write_report(
     shards: Sequence[Shard],
     about: About,
     source: Source,
-    with_scores: bool,
-    with_embeddings: bool,
+    columns: Collection[str],
     ledger: str | None,
 ) -> None:
-    """Write OUT/report.html; `found` is by AUDIT-KIND."""
+    """Write OUT/report.html; `found` is by AUDIT-KIND, `columns` are "scores" and IMAGE, as far as they are there."""
     named = {
         name: one.members.with_columns(size=pl.len().over("group"))
         for name, one in found.items()
@@ -50,11 +49,7 @@ def write_report(
     }
     tiles = {name: shown(members, min(TILES, PICTURES // len(named))) for name, members in named.items()}
     places = {place for of in tiles.values() for place in of.select("shard", "uid").iter_rows()}
-    known = _known(shards, about, source, with_scores, ledger, places)
-    if with_embeddings:
-        there = [shard for shard in shards if shard.file in about.pairs]
-        for place, near in nearest(there, source, about.sha256, places).items():
-            known[place] = replace(known.get(place, Known()), nearest=near)
+    known = _known(shards, about, source, columns, ledger, places)
     removal = Removal(audited.dataset.where, source.out)
     members = {}
     left = LISTED_IN_ALL
@@ -113,7 +108,12 @@ def _reasons(named: Mapping[str, pl.DataFrame], places: set[Place]) -> dict[Plac
 
 
 def _known(
-    shards: Sequence[Shard], about: About, source: Source, with_scores: bool, ledger: str | None, places: set[Place]
+    shards: Sequence[Shard],
+    about: About,
+    source: Source,
+    columns: Collection[str],
+    ledger: str | None,
+    places: set[Place],
 ) -> dict[Place, Known]:
     wanted: dict[str, set[str]] = {}
     for name, uid in places:
@@ -123,11 +123,15 @@ def _known(
         rows = ledgers.rows_of(ledgers.read(ledger), sorted({uid for _, uid in places}))
         before = {row["uid"]: row for row in rows}
     some = [shard for shard in shards if shard.name in wanted]
-    look = _Look(source, about.sha256, with_scores)
+    look = _Look(source, about.sha256, columns)
     out: dict[Place, Known] = {}
+    features: dict[Place, np.ndarray] = {}
     pictures = each("pictures", some, look, wanted, before)
     for shard, found in succeeded(pictures, most=len(some)):  # a shard that is gone by now shows no picture
         out |= {(shard.name, uid): one for uid, one in found.of.items()}
+        features |= {(shard.name, uid): row for uid, row in found.features.items()}
+    for place, near in nearest(shards, source, about.sha256, features).items():
+        out[place] = replace(out[place], nearest=near)
     return out
 
 
@@ -135,6 +139,7 @@ def _known(
 class _Found:
     read: int
     of: Mapping[str, Known]
+    features: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -143,13 +148,13 @@ class _Look:
 
     source: Source
     sha256: Mapping[str, str]
-    with_scores: bool
+    columns: Collection[str]
 
     def __call__(
         self, shard: Shard, wanted: Mapping[str, set[str]], before: Mapping[str, Mapping[str, object]]
     ) -> _Found:
         uids = sorted(wanted[shard.name])
-        rows = self.source.rows(shard, self.sha256[shard.file], {"scores"} if self.with_scores else (), ())
+        rows = self.source.rows(shard, self.sha256[shard.file], self.columns, ())
         pictures = {}
         if not self.source.metadata:
             images = read_columns(shard, self.source.inputs.uid, {"image"}, uids)
@@ -163,7 +168,8 @@ class _Look:
             uid: Known(pictures.get(uid), _facts(rows, row), scores[uid], before.get(uid))
             for uid, row in zip(uids, at.tolist(), strict=True)
         }
-        return _Found(len(told), told)
+        features = zip(uids, rows.image_embedding[at], strict=True) if IMAGE in self.columns else ()
+        return _Found(len(told), told, dict(features))
 
 
 def _facts(rows: Rows, row: int) -> dict[str, str]:

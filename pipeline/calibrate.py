@@ -140,8 +140,8 @@ class _Calibration:
                 raise InputError(f"{spec.text(entry)} reads the ledger: it would find every canary and nothing else")
         if not 0 < self.drop < 1 or self.most < 1:
             raise InputError("--drop is a share between 0 and 1, --most at least 1")
-        attacks = dict.fromkeys(spec.text(spec.parse("attacks", text)) for text in self.attacks)
-        if several := [text for text in attacks if len(spec.parse("attacks", text).parts()) > 1]:
+        attacks = {spec.text(entry): entry for entry in (spec.parse("attacks", text) for text in self.attacks)}
+        if several := [text for text, entry in attacks.items() if len(entry.parts()) > 1]:
             raise InputError(f"--attacks: {several[0]} is several; give each of them, for it has canaries of its own")
         families = {spec.innermost(text) for text in attacks}
         if len(families) < 2:

@@ -125,8 +125,9 @@ class _Filter:
         import pyarrow as pa
 
         found = self.scored.read(shard.name)
-        drops = dict(zip(found["uid"], self.policy.drops(found, fitted).tolist(), strict=True))
-        lacking = set(found["uid"][_for_want_of_a_score(self.policy, found, fitted)])
+        gone = self.policy.drops(found, fitted)
+        drops = dict(zip(found["uid"], gone.tolist(), strict=True))
+        lacking = set(found["uid"][_for_want_of_a_score(self.policy, found, fitted, gone)])
         reasons: dict[str, str | None] = {}
 
         def keep(sample: Sample) -> Sample | None:
@@ -165,12 +166,13 @@ class _Filter:
         return counts
 
 
-def _for_want_of_a_score(policy: Any, found: Scores, fitted: Any) -> np.ndarray:
-    """bool[n]: pairs that a policy, or a part of it, drops where it lacks a score."""
+def _for_want_of_a_score(policy: Any, found: Scores, fitted: Any, gone: np.ndarray) -> np.ndarray:
+    """bool[n]: of the pairs that are `gone` by a policy, or by a part of it, those that it lacks a score of."""
     parts = getattr(policy, "parts", None)
     if parts is None:
-        return unscored(found, policy.detectors) & policy.drops(found, fitted)
-    return np.any([_for_want_of_a_score(p, found, learnt) for p, learnt in zip(parts, fitted, strict=True)], axis=0)
+        return unscored(found, policy.detectors) & gone
+    told = zip(parts, fitted, strict=True)
+    return np.any([_for_want_of_a_score(p, found, learnt, p.drops(found, learnt)) for p, learnt in told], axis=0)
 
 
 def _told(fitted: Any) -> Any:

@@ -130,8 +130,9 @@ def _evaluated(
     zeroshot = _answers(lambda rows: rows @ text.T, seen)
     near = _near(model, task) if task.train and readouts else None
     answers: dict[str, Answers] = {}
+    fitted_on = len(near[1]) if near else 0
     for name in dict.fromkeys(readouts) if near else ():
-        console.print(f"{task.name}: {name}, fitted on {len(near[1]) if near else 0:,} labelled images")
+        console.print(f"{task.name}: {name}, fitted on {fitted_on:,} labelled images")
         if name == "finetune":  # the same images are looked at again, with the tower that was fine-tuned
             answers[name] = _answers(lambda logits: logits, seen_by(_tuned(task, model, seed)))
         elif near:
@@ -149,7 +150,7 @@ def _evaluated(
     strength = answers["probe"].strength if "probe" in answers else None
     benchmark = benchmark_tasks(rates, ranks, seen.label[named], len(task.classes), strength)
     facts = {"images": len(seen.label), "unlabelled": int((~named).sum()), "skipped": seen.skipped}
-    facts |= {"fitted_on": len(near[1]) if near else 0, "probe_strength": strength}
+    facts |= {"fitted_on": fitted_on, "probe_strength": strength}
     return Evaluated(rates, benchmark, facts)
 
 

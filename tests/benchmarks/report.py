@@ -48,7 +48,7 @@ def main() -> None:
         about = About({"0.tar": options.pairs}, {"0.tar": ""}, {}, [], {}, True)
         clock = time.perf_counter()
         with mock.patch.object(audit_report, "_known", lambda *args: known(args[-1])):  # pictures of no shard
-            audit_report.write_report(audited, found, [], about, source, False, False, None)
+            audit_report.write_report(audited, found, [], about, source, (), None)
         seconds = time.perf_counter() - clock
         report = Path(folder, "report.html")
         result = {

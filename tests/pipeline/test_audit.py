@@ -510,7 +510,7 @@ def test_the_most_alike_images_are_those_of_an_exhaustive_search(planted):
     asked = {every[0], every[7], every[-1]}
     digests = {shard.file: manifest(shard).sha256 for shard in there}
     source = Source(str(out), Inputs(options["embeddings"], "", "", "key"), (), False)
-    found = nearest(there, source, digests, asked)
+    found = nearest(there, source, digests, {place: rows[every.index(place)] for place in asked})
     assert found.keys() == asked
     for place, near in found.items():
         cosine = rows @ rows[every.index(place)]

@@ -323,7 +323,7 @@ def test_a_gallery_shows_all_pairs_that_were_chosen_for_it(tmp_path):
         )
     }
     source = Source(str(tmp_path), Inputs("", "", "", "key"), (), False)
-    write_report(data.parts()["audited"], found, [], About({}, {}, {}, [], {}, True), source, False, False, None)
+    write_report(data.parts()["audited"], found, [], About({}, {}, {}, [], {}, True), source, (), None)
     assert (tmp_path / "report.html").read_text().count('<li class="tile"') == 20
 
 
