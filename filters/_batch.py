@@ -1,11 +1,6 @@
-"""What a detector sees of a shard: columns joined by uid before the call.
+"""What a detector sees of a shard: columns joined by uid before the call. `filters/_wants.py` says what it may ask for.
 
-A detector is a frozen dataclass with `needs`, the columns that it looks at, and `score(batch, pool)`. Two answers are
-optional: `pools`, the columns of the reference rows that it compares with (none: its pool is None), and for what only
-the whole dataset can tell `summarize(batch) -> S` and `merge(S, S) -> S`; its `score(batch, pool, summary)` gets the
-whole. One that asks for the neighbours that pool rows have among themselves says in `within` of which columns, and how
-many: they are found once for all shards. Nothing else of a run is known to it. One with a model says so: `files`, what
-it reads besides (scores are made anew when they change), and `gpu`, whether it is worth one.
+Nothing else of a run is known to a detector.
 """
 
 from collections.abc import Iterable

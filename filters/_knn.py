@@ -6,7 +6,7 @@ Trade-off: no index. A block of queries against a pool of up to 100k rows is one
 remembered, with the batch, for the others. Where a task was given a GPU it searches there, and always the whole pool.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -133,15 +133,6 @@ def _reference(pool: Batch, columns: tuple[str, ...], cosine: bool = False) -> R
 
     # lists take minutes to make; without them there is nothing to keep but a copy of the pool
     return learnt(pool, ("reference", columns, cosine), make) if pool.drawn.probes else make()
-
-
-def most(wanted: Iterable[dict[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:
-    """Of what several detectors want `within` the pool, by columns the greatest k."""
-    greatest_k: dict[tuple[str, ...], int] = {}
-    for part in wanted:
-        for columns, k in part.items():
-            greatest_k[columns] = max(k, greatest_k.get(columns, 0))
-    return greatest_k
 
 
 def _pairs(n: int, columns: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from filters._batch import Batch
 from pipeline.draw import generator
 from pipeline.shards import Rejected
 from pipeline.shards.image import decode, prepared
+from pipeline.shards.store import stamp
 from train.checkpoints import files
 
 if TYPE_CHECKING:
@@ -108,8 +109,13 @@ def _rough(mask: "torch.Tensor") -> "torch.Tensor":
     return (down.sum(dim=(1, 2, 3)) + right.sum(dim=(1, 2, 3))) / mask[0].numel()
 
 
-@lru_cache(maxsize=1)
 def _loaded(checkpoint: str) -> Any:
+    return _load(checkpoint, str([stamp(file) for file in files(checkpoint)]))
+
+
+@lru_cache(maxsize=1)
+def _load(checkpoint: str, state: str) -> Any:
+    """`state` of its files: weights that have been replaced since are read anew."""
     from train.model import load
 
     return load(checkpoint)

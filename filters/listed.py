@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from filters._batch import Batch
+from pipeline.shards.store import exists, stamp
 from pipeline.spec import UNDRAWN
 
 
@@ -49,7 +50,8 @@ class listed:
         return self.keep if isinstance(self.keep, tuple) else (self.keep,)
 
     def score(self, batch: Batch, pool: Batch | None) -> np.ndarray:
-        unwanted = _unwanted(self.files, self.keeps)
+        state = str([stamp(file) for file in self.files if exists(file)])
+        unwanted = _unwanted(self.files, self.keeps, state)
         return np.asarray([who in unwanted for who in batch.uid], np.float64)
 
 
@@ -80,7 +82,8 @@ def unwanted(lists: Sequence[List]) -> Collection[str]:
 
 
 @lru_cache(maxsize=4)
-def _unwanted(files: tuple[str, ...], keeps: tuple[int, ...]) -> Collection[str]:
+def _unwanted(files: tuple[str, ...], keeps: tuple[int, ...], state: str) -> Collection[str]:
+    """`state` of the files: of what has been rewritten since, nothing is remembered."""
     lists = []
     for file, keep in zip(files, keeps, strict=True):
         table = _read(file, ("uid", "group") if keep else ("uid",))

@@ -9,15 +9,15 @@ price that web-scale data cannot pay. Ours in this form.
 
 import hashlib
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
 
 from filters._batch import Batch
-from filters._knn import most
 from filters._learnt import learnt
+from filters._wants import Wants
 from pipeline import spec
 from pipeline.draw import hash64
 
@@ -37,7 +37,7 @@ class rerank:
         if self._cheap.__class__ is rerank:
             raise ValueError("the first stage of a rerank cannot be one; let its check be one")
         for part in (self._cheap, self._dear):
-            if getattr(part, "reference", "pool") == "batch":
+            if Wants.of(part).in_batch:
                 raise ValueError(f"{spec.text(part)} compares pairs of one batch with each other, which a stage is not")
         if "poisoned" in self._cheap.needs:
             raise ValueError(
@@ -52,42 +52,23 @@ class rerank:
     def _dear(self) -> Any:
         return spec.parse("detectors", self.check)
 
+    @cached_property
+    def wants(self) -> Wants:
+        """The cheap detector scores the pool itself, so all that it looks at is there too, be it the uids alone."""
+        both = Wants.of(self._cheap, self._dear)
+        return replace(both, pools=tuple(dict.fromkeys(("uid", *self._cheap.needs, *both.pools))))
+
     @property
     def needs(self) -> tuple[str, ...]:
-        return _union(self._cheap.needs, self._dear.needs)
+        return self.wants.needs
 
-    @property
-    def pools(self) -> tuple[str, ...]:
-        """The cheap detector scores the pool itself, so all that it looks at is there too, be it the uids alone."""
-        return _union(("uid",), self._cheap.needs, *(getattr(part, "pools", ()) for part in (self._cheap, self._dear)))
-
-    @property
-    def within(self) -> dict[tuple[str, ...], int]:
-        return most(getattr(part, "within", {}) for part in (self._cheap, self._dear))
-
-    @property
-    def gpu(self) -> bool:
-        return any(getattr(part, "gpu", False) for part in (self._cheap, self._dear))
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return _union(*(getattr(part, "files", ()) for part in (self._cheap, self._dear)))
-
-    def __getattr__(self, name: str) -> Any:
-        """Only where a part has them: `k` says that neighbours are looked for, and a summary costs a pass over all."""
-        if name == "k" and (asked := [part.k for part in (self._cheap, self._dear) if hasattr(part, "k")]):
-            return max(asked)
-        if name in ("summarize", "merge") and any(hasattr(p, "summarize") for p in (self._cheap, self._dear)):
-            return getattr(self, f"_{name}")
-        raise AttributeError(name)
-
-    def _summarize(self, batch: Batch) -> tuple[Any, Any]:
-        cheap, dear = (p.summarize(batch) if hasattr(p, "summarize") else None for p in (self._cheap, self._dear))
+    def summarize(self, batch: Batch) -> tuple[Any, Any]:
+        cheap, dear = (part.summarize(batch) if Wants.of(part).whole else None for part in (self._cheap, self._dear))
         return cheap, dear
 
-    def _merge(self, one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
+    def merge(self, one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
         cheap, dear = (
-            part.merge(a, b) if hasattr(part, "summarize") else None
+            part.merge(a, b) if Wants.of(part).whole else None
             for part, a, b in zip((self._cheap, self._dear), one, other, strict=True)
         )
         return cheap, dear
@@ -116,14 +97,10 @@ class rerank:
 
 def _run(detector: Any, batch: Batch, pool: Batch, summary: Any) -> np.ndarray:
     """float32, as a score is stored: a cut between two scores must mean the same for both."""
-    told = (summary,) if hasattr(detector, "summarize") else ()
+    told = (summary,) if Wants.of(detector).whole else ()
     return np.asarray(detector.score(batch, pool, *told), np.float32).astype(np.float64)
 
 
 def _positive(scores: np.ndarray) -> np.ndarray:
     """The same order above 0, whatever the scores: 1 + x, and below zero 1 / (1 - x)."""
     return np.where(scores >= 0, 1 + scores, 1 / (1 + np.abs(scores)))
-
-
-def _union(*names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for part in names for name in part))

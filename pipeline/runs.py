@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from filters._wants import Wants
 from pipeline import ledger, spec
 from pipeline.config import POOL, Config, Filter, Scores
 from pipeline.embed import embed
@@ -128,7 +129,7 @@ class Run:
         before = last = None
         for number, scores in enumerate(self.plan.scores):
             embeddings, out = self._embeddings(scores.epoch), self.scores_of(scores)
-            needs = {need for text in scores.detectors for need in spec.parse("detectors", text).needs}
+            needs = set(Wants.of(*(spec.parse("detectors", text) for text in scores.detectors)).needs)
             if needs & {*EMBEDDED, *EARLIER}:
                 checkpoint = self._checkpoint(scores.epoch)
                 self._stage(f"embed epoch {scores.epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
@@ -302,8 +303,8 @@ class Run:
         """Files that are read besides the shards, the evaluation's and the classes."""
         reference = [shard.path for shard in list_shards(self.plan.reference)] if self.plan.reference else []
         detectors = [spec.parse("detectors", name.partition(":")[2]) for name in self._columns(arm)]
-        own = {path for detector in detectors for path in getattr(detector, "files", ())}
-        return [*reference, *spec.parse("attacks", self.attack).inputs(), *sorted(own)]
+        own = sorted(Wants.of(*detectors).files)
+        return [*reference, *spec.parse("attacks", self.attack).inputs(), *own]
 
     def _common(self) -> dict[str, Any]:
         total = json.loads(Path(self.attacked, "dataset.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from filters._batch import Batch, Drawn
-from filters._knn import most
+from filters._wants import Wants
 from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards, at_least_one
 from pipeline.config import POOL
@@ -68,26 +68,25 @@ def score(
     entries = [spec.parse("detectors", text) for text in detector]
     embedded, before, traced = (absolute(folder) if folder else "" for folder in (embeddings, earlier, traces))
     inputs = Inputs(embedded, before, traced, uid)
-    needs = {need for entry in entries for need in entry.needs}
-    inputs.check(listed, needs)
+    wants = Wants.of(*entries)
+    inputs.check(listed, wants.needs)
     names = [spec.text(entry) for entry in entries]
     _refuse_to_drop(out, names)
     known = None
-    if "poisoned" in needs:
+    if "poisoned" in wants.needs:
         known = poisoned_uids(ledger or beside(listed))
-    comparing = [entry for entry in entries if getattr(entry, "pools", ())]
-    columns = {column for entry in comparing for column in entry.pools}
     if pool < 1 or probes < 0:
         raise InputError("--pool is at least 1, --probes at least 0")
-    k = max((getattr(entry, "k", 0) for entry in entries), default=0)
-    reference = draw_pool(listed, inputs, columns, pool, seed, max_failed_shards, k, probes) if columns else None
-    for entry in comparing:
-        if reference and not 0 < getattr(entry, "k", 1) < len(reference.rows):
+    k = max(wants.k, default=0)
+    reference = None
+    if wants.pools:
+        reference = draw_pool(listed, inputs, wants.pools, pool, seed, max_failed_shards, k, probes)
+    for entry in entries:
+        if reference and not all(0 < k < len(reference.rows) for k in Wants.of(entry).k):
             raise InputError(
                 f"{spec.text(entry)}: k must be between 1 and the pool's {len(reference.rows)} rows less one"
             )
     models = reference.models if reference else {}
-    counting = any(hasattr(entry, "summarize") for entry in entries)
     facts = {
         "detectors": names,
         "model": models.get("embeddings", ""),
@@ -98,18 +97,18 @@ def score(
         "probes": probes if reference else 0,
         "seed": seed,
         "uid": uid,
-        "inputs": spec.digest([stamp(path) for path in [*inputs.files(listed, needs), *_own_files(entries)]]),
+        "inputs": spec.digest([stamp(path) for path in [*inputs.files(listed, wants.needs), *sorted(wants.files)]]),
         "ledger": spec.digest(sorted(known)) if known is not None else "",
         # a summary is of all shards: where one changes, the scores of the others do
-        "shards": spec.digest([stamp(shard.path) for shard in listed]) if counting else "",
+        "shards": spec.digest([stamp(shard.path) for shard in listed]) if wants.whole else "",
     }
     if reference:
-        _say_company(reference.rows, comparing, ledger or beside(listed))
-        look_within(reference.rows, most(getattr(entry, "within", {}) for entry in comparing))
+        _say_company(reference.rows, wants.k, ledger or beside(listed))
+        look_within(reference.rows, wants.within)
     summaries = _summaries(listed, entries, inputs, max_failed_shards)
     work = _Score(tuple(entries), inputs, models, facts)
     job = Job("score", facts, out, max_failed_shards)
-    gpu = any(getattr(entry, "gpu", False) or hasattr(entry, "k") for entry in entries)
+    gpu = wants.gpu or bool(wants.k or wants.in_batch)
     markers = shard_map(job, listed, work, reference.rows if reference else None, known, summaries, gpu=gpu)
     for marker in markers:  # without a pool no shard knew of another
         check_one_model(models, marker["facts"]["models"], marker["output"])
@@ -136,10 +135,10 @@ def _report(markers: Sequence[dict[str, Any]], names: Sequence[str], probes: int
         )
 
 
-def _say_company(pool: Batch, comparing: Sequence[Any], ledger: str) -> None:
+def _say_company(pool: Batch, ks: Sequence[int], ledger: str) -> None:
     """A poison with k of its kind in the pool is in good company: say from which share of the dataset on that is so."""
-    if ks := sorted({entry.k for entry in comparing if hasattr(entry, "k")}):
-        shares = ", ".join(f"k={k} from {k / len(pool):.2%}" for k in ks)
+    if ks:
+        shares = ", ".join(f"k={k} from {k / len(pool):.2%}" for k in sorted(ks))
         console.print(
             f"pool of {len(pool):,}; of a poison that is a share p of the dataset it has p times as many, its k "
             f"nearest may all be of its kind: {shares}"
@@ -176,14 +175,9 @@ def _refuse_to_drop(out: str, names: Sequence[str]) -> None:
         )
 
 
-def _own_files(entries: Sequence[Any]) -> list[str]:
-    """What detectors read besides the columns: with other weights in it, a score is another one."""
-    return sorted({file for entry in entries for file in getattr(entry, "files", ())})
-
-
 def _summaries(shards: Sequence[Shard], entries: Sequence[Any], inputs: Inputs, max_failed: int) -> dict[str, Any]:
     """By detector, what it makes of the whole dataset; one pass for all that want one."""
-    asking = [entry for entry in entries if hasattr(entry, "summarize")]
+    asking = [entry for entry in entries if Wants.of(entry).whole]
     total: dict[str, Any] = {}
     if not asking:
         return total
@@ -206,7 +200,7 @@ class _Summarize:
     inputs: Inputs
 
     def __call__(self, shard: Shard) -> _Summary:
-        needs = {need for entry in self.entries for need in entry.needs}
+        needs = Wants.of(*self.entries).needs
         batch, _ = self.inputs.batch(shard, uids(shard, self.inputs.uid), needs)
         asking = self.entries if len(batch) else ()  # an empty shard tells nothing
         return _Summary(len(batch), {spec.text(entry): entry.summarize(batch) for entry in asking})
@@ -231,17 +225,17 @@ class _Score:
         content = manifest(shard, self.inputs.uid)
         check_unique(content.uids, shard.path)
         sha256 = content.sha256
-        needs = {need for entry in self.entries for need in entry.needs}
+        wants = Wants.of(*self.entries)
         for folder, embedded in ((self.inputs.embeddings, EMBEDDED), (self.inputs.earlier, EARLIER)):
-            if set(embedded) & needs:
+            if set(embedded) & set(wants.needs):
                 check_made_from(folder, shard, sha256, "run `mithridate embed` on them")
-        batch, models = self.inputs.batch(shard, content.uids, needs)
-        batch = dataclasses.replace(batch, drawn=Drawn(self.facts["k"]))
+        batch, models = self.inputs.batch(shard, content.uids, wants.needs)
+        batch = dataclasses.replace(batch, drawn=Drawn(max(wants.in_batch, default=0)))
         check_one_model(self.models, models, shard.name)
         if known is not None:
             batch = dataclasses.replace(batch, poisoned=np.asarray([u in known for u in content.uids], bool))
         counts = Counts(read=len(batch), out=len(batch), output=f"{shard.name}.scores.parquet", input_sha256=sha256)
-        stamps = self.inputs.stamps(shard, needs)
+        stamps = self.inputs.stamps(shard, wants.needs)
         if pool is not None:
             near = Neighbours.of(out, shard.name, stamps)
             before = near.load(batch, pool)
@@ -281,11 +275,12 @@ class _Score:
 
     def _of(self, entry: Any, sha256: str, stamps: Mapping[str, Any], pool: Batch | None) -> str:
         """What a column is made of: where this is the same, so are the scores."""
-        needs, pools = set(entry.needs), getattr(entry, "pools", ())
-        files = [stamps[name] for name in sorted(needs & stamps.keys())] + list(map(stamp, _own_files([entry])))
-        drawn = [pool.drawn.digest(sorted(set(pools) - {"uid"})), pool.drawn.probes] if pools and pool else []
-        ledger = self.facts["ledger"] if "poisoned" in needs else ""
-        whole = self.facts["shards"] if hasattr(entry, "summarize") else ""
+        wants = Wants.of(entry)
+        files = [stamps[name] for name in sorted(stamps.keys() & wants.needs)] + list(map(stamp, sorted(wants.files)))
+        pools = sorted(set(wants.pools) - {"uid"})
+        drawn = [pool.drawn.digest(pools), pool.drawn.probes] if wants.pools and pool else []
+        ledger = self.facts["ledger"] if "poisoned" in wants.needs else ""
+        whole = self.facts["shards"] if wants.whole else ""
         return spec.digest([spec.text(entry), code_digest(), self.inputs.uid, sha256, files, drawn, ledger, whole])
 
 

@@ -30,6 +30,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 
 from filters._batch import Batch
+from filters._wants import Wants
 from pipeline import spec
 from pipeline.attacks import _surrogate
 from pipeline.attacks._around import Around
@@ -70,8 +71,9 @@ class adaptive(Around):
             raise ValueError(
                 f"evades={self.evades!r} needs {other}; only a detector of embeddings can be evaded by choice"
             )
-        if not 0 < (k := getattr(self.detector, "k", 1)) < self.pool:
-            raise ValueError(f"evades={self.evades!r}: k={k} needs a pool of more than {k} rows")
+        for k in Wants.of(self.detector).k:
+            if not 0 < k < self.pool:
+                raise ValueError(f"evades={self.evades!r}: k={k} needs a pool of more than {k} rows")
 
     @cached_property
     def detector(self) -> Any:
@@ -130,7 +132,7 @@ class adaptive(Around):
         Each round chooses by the scores in the presence of the last choice. It may go in circles, so the best choice is
         kept: the one that scores lowest in its own presence.
         """
-        k = getattr(self.detector, "k", 1)
+        k = max(Wants.of(self.detector).k, default=0)
         if len(clean) <= k:
             raise InputError(f"{spec.text(self)}: the pool has {len(clean)} usable pairs, and k={k} needs more")
         scores = first = self._scores(poisons, clean, [], share)

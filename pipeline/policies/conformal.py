@@ -21,6 +21,7 @@ from typing import Annotated
 
 import numpy as np
 
+from filters._wants import Wants
 from pipeline import spec
 from pipeline.errors import InputError
 from pipeline.policies._select import Scores, column, ordered
@@ -66,10 +67,10 @@ class conformal:
     def _column(self, scores: Scores) -> str:
         name = column(scores, self.detector)
         try:
-            reference = getattr(spec.parse("detectors", name.partition(":")[2]), "reference", "")
+            detector = spec.parse("detectors", name.partition(":")[2])
         except InputError:  # scores of somebody's own
-            reference = ""
-        if reference == "batch":
+            return name
+        if Wants.of(detector).in_batch:
             raise InputError(f"{name} scores trusted pairs by their own company, and the others by theirs")
         return name
 

@@ -17,7 +17,9 @@ from pipeline import spec
 from pipeline.published import phash
 from pipeline.score import read_scores, score
 
-COUNTING = [name for name in spec.names("detectors") if hasattr(spec.entry("detectors", name), "summarize")]
+COUNTING = [
+    name for name in spec.names("detectors") if name != "rerank" and hasattr(spec.entry("detectors", name), "summarize")
+]
 
 
 def names(n: int) -> np.ndarray:

@@ -178,6 +178,11 @@ def test_a_list_is_scored_by_uid_and_leaves_some_of_each_group(tmp_path):
     assert spec.parse("detectors", f"listed(file={file!r})").score(batch, None).tolist() == [1, 1, 1, 1, 0]
     assert spec.parse("detectors", f"listed(file={file!r}, keep=1)").score(batch, None).tolist() == [0, 1, 1, 0, 0]
     pl.DataFrame({"uid": ["d"]}).write_parquet(tmp_path / "more.parquet")
+    assert spec.parse("detectors", f"listed(file={str(tmp_path / 'more.parquet')!r})").score(batch, None)[2] == 0
+    pl.DataFrame({"uid": ["d", "c"]}).write_parquet(tmp_path / "more.parquet")
+    anew = spec.parse("detectors", f"listed(file={str(tmp_path / 'more.parquet')!r})")
+    assert anew.score(batch, None).tolist() == [0, 0, 1, 1, 0], "a list that was written anew is read anew"
+    pl.DataFrame({"uid": ["d"]}).write_parquet(tmp_path / "more.parquet")
     both = spec.parse("detectors", f"listed(file=({file!r}, {str(tmp_path / 'more.parquet')!r}), keep=(1, 0))")
     assert both.score(batch, None).tolist() == [0, 1, 1, 1, 0]
     with pytest.raises(InputError, match="as many numbers to keep"):

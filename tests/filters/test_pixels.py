@@ -12,6 +12,7 @@ from PIL import Image
 
 from filters import cognitive_distillation as module
 from filters._batch import BANDS, Batch
+from filters._wants import Wants
 from pipeline import spec
 from pipeline.columns import COLUMNS, Look
 from pipeline.errors import InputError
@@ -233,7 +234,8 @@ def test_a_trigger_that_the_model_knows_needs_a_small_mask(monkeypatch):
 
 def test_other_weights_make_other_scores(tmp_path: Path, checkpoint: str):
     """The files of a checkpoint are named, so that scores are made anew when they change."""
-    from pipeline.score import _own_files
-
     entries = [detector(f"cognitive_distillation(checkpoint={checkpoint!r})"), detector("slof")]
-    assert [Path(file).name for file in _own_files(entries)] == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert [Path(file).name for file in Wants.of(*entries).files] == [
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    ]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from filters import _endpoint
 from filters._batch import Batch
+from filters._wants import Wants
 from filters.visual_judge import _answers, _questions
 from pipeline import spec
 from pipeline.errors import InputError
@@ -103,10 +104,10 @@ def test_ties_at_the_cut_are_drawn_by_uid():
 def test_a_rerank_asks_for_what_its_parts_ask_for():
     entry = spec.parse("detectors", "rerank(detector='domain_cluster', check='slof(k=40)')")
     assert set(entry.needs) == {"url", "hash_agrees", "image_embedding"}
-    assert entry.k == 40
-    assert hasattr(entry, "summarize")
-    assert not hasattr(spec.parse("detectors", RERANK), "summarize")
-    assert not hasattr(spec.parse("detectors", RERANK), "k"), "nobody looks for neighbours"
+    assert Wants.of(entry).k == (40,)
+    assert Wants.of(entry).whole
+    assert not Wants.of(spec.parse("detectors", RERANK)).whole
+    assert not Wants.of(spec.parse("detectors", RERANK)).k, "nobody looks for neighbours"
     whole = trial(300)
     urls = objects([f"http://{'ab'[i < 20]}.org/{i}" for i in range(300)])
     whole = Batch(whole.uid, whole.image_embedding, url=urls, hash_agrees=(np.arange(300) >= 20).astype(np.float32))
