@@ -83,7 +83,7 @@ def greatest(values: np.ndarray, k: int) -> Found:
     They are in the k groups of columns with the greatest maxima; only those are partitioned.
     """
     n, m = values.shape
-    size = int((m / k) ** 0.5)
+    size = max(1, int((m / (2 * k)) ** 0.5))  # a candidate costs about twice as much as a group
     groups = m // size
     top = np.argpartition(values[:, : size * groups].reshape(n, size, groups).max(axis=1), -k, axis=1)[:, -k:]
     columns = (top[:, None, :] + groups * np.arange(size)[:, None]).reshape(n, size * k)

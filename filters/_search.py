@@ -107,7 +107,11 @@ def search(rows: np.ndarray, reference: Reference, own: np.ndarray, k: int, exac
         closeness, found = find(x, groups)
         squared = norms[:, None] - 2 * closeness
         # the expansion loses the digits of what is small beside its terms
-        row, rank = np.nonzero(squared < CANCELS * (norms[:, None] + squares[found]))
+        cancels = squared < CANCELS * (norms[:, None] + squares[found])
+        if itself:  # which each row finds, and nothing is to be computed
+            oneself = found == np.arange(len(x))[:, None]
+            squared[oneself], cancels[oneself] = 0, False
+        row, rank = np.nonzero(cancels)
         for first in range(0, len(row), DIFFERENCES):
             at = row[first : first + DIFFERENCES], rank[first : first + DIFFERENCES]
             squared[at] = np.square(x[at[0]] - y[found[at]]).sum(axis=1)

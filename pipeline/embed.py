@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def _report(markers: list[dict[str, Any]], how: str) -> None:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """uid str[n], image and text float32[n, d]; NaN rows where a pair could not be embedded."""
+    """uid str[n], image and text float32[n, d], [0, 0] where not read; NaN rows where a pair could not be embedded."""
 
     uid: np.ndarray
     image: np.ndarray
@@ -113,12 +113,15 @@ def embeddings_path(folder: str, shard_name: str) -> str:
     return join(folder, f"{shard_name}.embeddings.parquet")
 
 
-def read_embeddings(path: str) -> Embeddings:
+def read_embeddings(path: str, columns: Sequence[str] = ("image", "text")) -> Embeddings:
     """Read a sidecar; raises InputError where it is missing or its columns are not embeddings."""
-    table = sidecars.read(path, ("uid", "image", "text"), "make the embeddings with `mithridate embed`")
+    table = sidecars.read(path, ("uid", *columns), "make the embeddings with `mithridate embed`", only=True)
     try:
         model = json.loads((table.schema.metadata or {})[b"mithridate"])["model"]
-        image, text = (_embeddings(table.column(name)) for name in ("image", "text"))
+        image, text = (
+            _embeddings(table.column(name)) if name in columns else np.empty((0, 0), np.float32)
+            for name in ("image", "text")
+        )
     except (KeyError, ValueError, AttributeError) as error:
         why = "no model in its metadata" if isinstance(error, KeyError) else error
         raise InputError(f"{path}: not embeddings ({why}); make them with `mithridate embed`") from error

@@ -72,16 +72,15 @@ class Inputs:
         joined: dict[str, Any] = {}
         models: dict[str, str] = {}
         folders = (("embeddings", self.embeddings, EMBEDDED), ("earlier", self.earlier, EARLIER))
-        for option, folder, (image, text) in folders:
-            if {image, text} & set(wanted):
-                found = read_embeddings(embeddings_path(folder, shard.name))
+        for option, folder, names in folders:
+            if kinds := {name: kind for name, kind in zip(names, ("image", "text"), strict=True) if name in wanted}:
+                found = read_embeddings(embeddings_path(folder, shard.name), [*kinds.values()])
                 rows = sidecars.rows_of(who, found.uid)
                 if len(who) and (rows < 0).all():
                     raise InputError(
                         f"{folder}: no uid of {shard.path} is here; is it of other data, or of another --uid?"
                     )
-                columns = {image: _without_zeros(found.image), text: _without_zeros(found.text)}
-                joined |= {name: _take(values, rows) for name, values in columns.items() if name in wanted}
+                joined |= {name: _take(_without_zeros(getattr(found, kind)), rows) for name, kind in kinds.items()}
                 models[option] = found.model
         if set(TRACES) & set(wanted):
             trace = _read_traces(self.traces, shard.name)
@@ -126,11 +125,13 @@ def _read_traces(folder: str, shard_name: str) -> dict[str, np.ndarray]:
 
 def _without_zeros(rows: np.ndarray) -> np.ndarray:
     """A row of zeros is how some publish that there is none; it has no direction."""
-    there = np.asarray(rows.any(axis=1))
-    return np.where(there[:, None], rows, np.float32(np.nan))
+    rows[~rows.any(axis=1)] = np.nan  # which nobody else holds
+    return rows
 
 
 def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    if len(rows) == len(values) and (rows == np.arange(len(rows))).all():
+        return values
     out = np.full((len(rows), values.shape[1]), np.nan, np.float32)
     out[rows >= 0] = values[rows[rows >= 0]]
     return out

@@ -237,6 +237,7 @@ class Run:
         row |= {"samples": facts["pairs"], "defense": arm.defense, "removed": removed}
         row |= {"removed_share": None if removed is None else removed / max(pairs, 1)}
         row |= {"poisons_in": about["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
+        row["train_cpu_seconds"] = facts["cpu_seconds"]
         row |= self._cost(arm.filter, pairs)
         row |= {"recipe_digest": facts["recipe_digest"], "code": source_digest(), **self._made_of(arm)}
         return row | json.loads((result / "evaluation.json").read_text())["metrics"]

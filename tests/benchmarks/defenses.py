@@ -1,23 +1,21 @@
 """The table of docs/results/defenses.md: every defense, and filters at equal data, against every attack.
 
-    python -m tests.benchmarks.defenses CONFIG OUT
+    python -m tests.benchmarks.defenses CONFIG RESULTS...
 
-after `mithridate loop CONFIG OUT`. A cell is the mean over the seeds with a 95% interval over seeds and images
-(bootstrap of the seeds, widened for their small number). What is not about one attack is a mean over the attacks too.
-`cost` is core-seconds of training, with those of the model that is repaired or looked through and of the filter, over
-those of the undefended training.
+of the results.parquet of `mithridate loop CONFIG OUT`, or of several loops of a part of CONFIG each. A cell is the mean
+over the seeds with a 95% interval over seeds and images (bootstrap of the seeds, widened for their small number). What
+is not about one attack is a mean over the attacks too. `cost` is core-seconds of training, with those of the model that
+is repaired or looked through and of the filter, over those of the undefended training.
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline import spec
 from pipeline.config import Config
 from pipeline.results import read
-from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, read_by
+from pipeline.runs import UNDEFENDED, Arm, arms_of, read_by
 from tests.benchmarks.detectors import over_seeds
 from train.results import judged
 
@@ -26,17 +24,18 @@ POISONED = {"triggered_accuracy": "true class, triggered", "asr_knn": "success b
 Row = dict[str, Any]
 
 
-def main(config: str, out: str) -> None:
+def main(config: str, *results: str) -> None:
     """Print success by arm and attack, what each arm knows of clean and of triggered images, and what it costs."""
-    plan, rows = Config.read(config), read(out)
+    plan, rows = Config.read(config), [row for path in results for row in read(path)]
     seeds = sorted({row["seed"] for row in rows})
     print(f"seeds {', '.join(map(str, seeds))}; an arm of an attack with fewer says how many\n")
     print(f"| arm | {' | '.join(f'`{attack}`' for attack in plan.attacks)} | cost |")
     print("|---|" + "---|" * (len(plan.attacks) + 1))
     of_arm = {arm: [row for row in rows if _is(row, arm)] for arm in arms_of(plan)}
+    plain = {(row["attack"], row["seed"]): row["train_cpu_seconds"] for row in of_arm[UNDEFENDED]}
     for arm, found in of_arm.items():
         cells = [_success([row for row in found if row["attack"] == attack], len(seeds)) for attack in plan.attacks]
-        print(f"| {_called(arm)} | {' | '.join(cells)} | {_cost(plan, out, arm, found)} |")
+        print(f"| {_called(arm)} | {' | '.join(cells)} | {_cost(plain, arm, found)} |")
     columns = {**CLEAN, **POISONED}
     print(f"\n| arm | {' | '.join(columns.values())} |\n|---|{'---|' * len(columns)}")
     for arm, found in of_arm.items():
@@ -73,21 +72,15 @@ def _cell(rates: Sequence[tuple[float, ...]]) -> str:
     return f"{100 * mean:.1f} ({100 * low:.0f}–{100 * high:.0f})"
 
 
-def _cost(plan: Config, out: str, arm: Arm, found: Sequence[Row]) -> str:
+def _cost(plain: dict[tuple[str, int], float], arm: Arm, found: Sequence[Row]) -> str:
     """Core-seconds, since the machine may not be idle."""
     ratios = []
     for row in found:
-        run = Run(plan, row["attack"], plan.doses[0], row["seed"], Path(out).absolute())
-        spent, plain = _cpu_seconds(run, arm), _cpu_seconds(run, UNDEFENDED)
+        spent, undefended = row["train_cpu_seconds"], plain[row["attack"], row["seed"]]
         if arm.filter:
             spent += row["filter_cpu_seconds_per_million"] * 1e-6 * row["samples"]
-        ratios.append((spent + plain * arm.watches) / plain)
+        ratios.append((spent + undefended * arm.watches) / undefended)
     return f"{sum(ratios) / len(ratios):.2f}" if ratios else "–"
-
-
-def _cpu_seconds(run: Run, arm: Arm) -> float:
-    seconds: float = json.loads((run._model(arm) / "train.json").read_text())["cpu_seconds"]
-    return seconds
 
 
 def _called(arm: Arm) -> str:

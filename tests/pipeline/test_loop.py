@@ -306,7 +306,7 @@ def test_a_bisection_that_is_killed_comes_to_the_same(place, tmp_path):
     assert not (out / "report.html").exists()
     assert loop(file, str(out)) == 0
     assert all(path.read_bytes() == before for path, before in kept.items())
-    seconds = ("seconds", "train_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
+    seconds = ("seconds", "train_seconds", "train_cpu_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
     killed, not_killed = (pl.read_parquet(folder / "results.parquet").drop(seconds) for folder in (out, whole))
     assert killed.equals(not_killed)
     assert 64 in killed["dose"] and set(killed["arm"]) >= {"undefended"}

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,6 +313,57 @@ def test_a_killed_ray_worker_is_replaced_and_the_run_goes_on(
     assert consumed(out) == consumed(two_workers)
     np.testing.assert_array_equal(curve(out), curve(two_workers))
     assert weights(out) == weights(two_workers)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_is_replaced_and_the_run_goes_on(
+    shapes: Callable[..., Path], tmp_path: Path, two_workers: Path, nodes: Callable[..., subprocess.Popen]
+) -> None:
+    """A node with one of two workers is gone at once, another one joins: the same samples, the same weights."""
+    head, lost = nodes("--head"), nodes()
+    code = "import sys; from train.launch import train; "
+    code += "sys.exit(train(*sys.argv[1:3], recipe='debug_vit', workers=2, save_minutes=0))"
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, shapes(128, 1), out], env=ENVIRONMENT | {"RAY_ADDRESS": head.address}, cwd=ROOT
+    )
+    wait_for(out, 3, process)
+    os.killpg(lost.pid, signal.SIGKILL)
+    time.sleep(5)  # nothing can go on: one CPU is left
+    assert process.poll() is None
+    nodes()
+    assert process.wait(600) == 0
+    assert consumed(out) == consumed(two_workers)
+    np.testing.assert_array_equal(curve(out), curve(two_workers))
+    assert weights(out) == weights(two_workers)
+
+
+@pytest.fixture
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts nodes of one CPU each of a Ray cluster of their own; `.address` of what it gives is the cluster's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started: list[subprocess.Popen] = []
+    temporary = tempfile.mkdtemp(prefix="ray-")  # its sockets have long names, and a socket's path may not
+
+    def start_node(*options: str) -> subprocess.Popen:
+        host, port = address.split(":")
+        where = [f"--port={port}", f"--node-ip-address={host}", f"--temp-dir={temporary}", "--include-dashboard=false"]
+        where = [*options, *where] if options else [f"--address={address}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *where]
+        node = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+        node.address = address
+        started.append(node)
+        return node
+
+    yield start_node
+    for node in started:
+        if node.poll() is None:
+            os.killpg(node.pid, signal.SIGTERM)
+            node.wait(60)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def train_workers(driver: int) -> list[int]:
