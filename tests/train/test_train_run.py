@@ -322,7 +322,8 @@ def test_a_lost_node_is_replaced_and_the_run_goes_on(
 ) -> None:
     """A node with one of two workers is gone at once, another one joins: the same samples, the same weights."""
     head, lost = nodes("--head"), nodes()
-    code = "import sys; from train.launch import train; "
+    code = "import ray, sys, time; ray.init()\nwhile ray.cluster_resources().get('CPU', 0) < 2: time.sleep(0.1)\n"
+    code += "from train.launch import train; "
     code += "sys.exit(train(*sys.argv[1:3], recipe='debug_vit', workers=2, save_minutes=0))"
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -356,10 +357,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., su
         node = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
         node.address = address
         started.append(node)
+        while options and socket.socket().connect_ex((host, int(port))):  # others can join a head that answers
+            assert node.poll() is None
+            time.sleep(0.1)
         return node
 
     yield start_node
-    for node in started:
+    for node in reversed(started):
         if node.poll() is None:
             os.killpg(node.pid, signal.SIGTERM)
             node.wait(60)
