@@ -155,7 +155,7 @@ def mean_over_seeds(values: Sequence[Sequence[tuple[float, float]]]) -> tuple[fl
     drawn = rng.integers(seeds, size=(DRAWS, seeds))
     replicates = (means[drawn] + errors[drawn] * rng.standard_normal(drawn.shape)).mean(1)
     point = float(means.mean())
-    low, high = np.quantile(point + _stretch(seeds) * (replicates - point), [0.025, 0.975])
+    low, high = np.quantile(point + stretch(seeds) * (replicates - point), [0.025, 0.975])
     return point, float(low), float(high)
 
 
@@ -191,7 +191,7 @@ def _censored(theta: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
 
 def _interval(point: np.ndarray, replicates: np.ndarray, seeds: int) -> tuple[float, float]:
     """95% from logs: point [2] and replicates [B, 2] as (least, most)."""
-    factor, ends = _stretch(seeds), []
+    factor, ends = stretch(seeds), []
     for side, level in ((0, 0.025), (1, 0.975)):
         if np.isinf(point[side]):
             ends.append(float(np.exp(point[side])))
@@ -202,7 +202,8 @@ def _interval(point: np.ndarray, replicates: np.ndarray, seeds: int) -> tuple[fl
     return ends[0], ends[1]
 
 
-def _stretch(seeds: int) -> float:
+def stretch(seeds: int) -> float:
+    """By how much the distances of a bootstrap's replicates from the estimate are too short."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, seeds - 1) / Z95 * np.sqrt(seeds / (seeds - 1))) if seeds > 1 else 1.0

@@ -58,7 +58,6 @@ def _kind(where: str) -> str:
 def compare_results(before: str, after: str) -> str:
     """Differences B - A of attack success and accuracy, arm by arm, of the seeds that both have."""
     old, new = results.read(before), results.read(after)
-    results.settle([*old, *new])
     names = results.labels([*old, *new])
     one, two = _grouped(old), _grouped(new)
     heads = ["attack", "poisons, ppm", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]

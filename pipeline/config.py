@@ -83,6 +83,10 @@ class Config:
         """Raises InputError on unknown or missing keys, naming the valid ones."""
         return _read(path, cls, scores=Scores, filters=Filter)
 
+    def earlier(self, epoch: int) -> int | None:
+        """The last epoch before it at which something is scored, which a detector of two epochs compares with."""
+        return max((scores.epoch for scores in self.scores if scores.epoch < epoch), default=None)
+
 
 @dataclass(frozen=True)
 class Trials:

@@ -143,7 +143,6 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     together = [row for table in tables.values() for row in table]
     if differ := results.several(together):
         raise InputError(f"results of several {' and '.join(differ)}: an ED50 belongs to one, give them one at a time")
-    results.settle(together)
     found: dict[tuple[Any, ...], Row] = {}
     for path, table in tables.items():
         for row in table:

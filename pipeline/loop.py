@@ -180,7 +180,7 @@ def _check(plan: Config) -> None:
             raise InputError(f"scores at epoch {scores.epoch}: {plan.recipe!r} keeps checkpoints of epochs {kept}")
         entries = [spec.parse("detectors", text) for text in scores.detectors]
         for entry in entries:
-            if set(EARLIER) & set(entry.needs) and scores.epoch == plan.scores[0].epoch:
+            if set(EARLIER) & set(entry.needs) and not plan.earlier(scores.epoch):
                 raise InputError(f"{spec.text(entry)} compares two epochs: let it score at a later one than the first")
     for arm in plan.filters:
         for detector in read_by(arm.policy):

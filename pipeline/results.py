@@ -80,18 +80,6 @@ def arm_key(row: Row) -> ArmKey:
     return row["arm"], row.get("when"), row.get("policy"), row.get("defense"), row.get("detectors")
 
 
-def settle(rows: Iterable[Row]) -> None:
-    """Give rows of earlier code, which does not tell `detectors`, those of the only arm that is called the same."""
-    rows = list(rows)
-    known: dict[tuple[Any, ...], set[str]] = {}
-    for row in rows:
-        if row.get("detectors"):
-            known.setdefault(arm_key(row)[:4], set()).add(row["detectors"])
-    only = {key: found.pop() for key, found in known.items() if len(found) == 1}
-    for row in rows:
-        row["detectors"] = row.get("detectors") or only.get(arm_key(row)[:4])
-
-
 def labels(rows: Iterable[Row]) -> dict[ArmKey, str]:
     """A short name for each arm: what it needs to be told from the others, and no more."""
     keys = list(dict.fromkeys(map(arm_key, rows)))

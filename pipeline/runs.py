@@ -34,7 +34,7 @@ from pipeline.score import read_scores, score, scores_path
 from pipeline.scored import scores_folder
 from pipeline.shard_map import code_digest
 from pipeline.shards import list_shards
-from pipeline.shards.store import is_url, make_folder, stamp, view, write
+from pipeline.shards.store import make_folder, stamp, view, write
 
 NOBODY = "patch(target='nothing')"  # what the clean set is "poisoned" with, at dose 0, so that it has an empty ledger
 
@@ -126,39 +126,34 @@ class Run:
 
     def score(self) -> None:
         """Embed and score at every epoch that the config names."""
-        before = last = None
-        for number, scores in enumerate(self.plan.scores):
-            embeddings, out = self._embeddings(scores.epoch), self.scores_of(scores)
+        for scores in self.plan.scores:
             needs = set(Wants.of(*(spec.parse("detectors", text) for text in scores.detectors)).needs)
-            if needs & {*EMBEDDED, *EARLIER}:
-                checkpoint = self._checkpoint(scores.epoch)
-                self._stage(f"embed epoch {scores.epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
+            earlier = self.plan.earlier(scores.epoch) if needs & set(EARLIER) else None
+            looked = {scores.epoch} if needs & {*EMBEDDED, *EARLIER} else set()
+            for epoch in sorted(looked | ({earlier} if earlier else set())):
+                checkpoint = self._checkpoint(epoch)
+                embeddings = self._embeddings(epoch)
+                self._stage(f"embed epoch {epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
             self._stage(
                 f"score epoch {scores.epoch}",
                 score,
                 self.poisoned,
-                out,
+                self.scores_of(scores),
                 detector=scores.detectors,
-                embeddings=embeddings,
-                earlier=before,
+                embeddings=self._embeddings(scores.epoch),
+                earlier=self._embeddings(earlier) if earlier else None,
                 pool=scores.pool,
                 traces=str(self.folder / "undefended" / "traces"),
                 seed=self.seed,
             )
-            last = embeddings if needs & {*EMBEDDED, *EARLIER} else last
-            following = self.plan.scores[number + 1 : number + 2]
-            before = last if following and following[0].epoch != scores.epoch else before
 
     def kept(self, arm: Arm) -> dict[str, Any] | None:
         """The row of an arm that is done."""
-        for path in (self._row(arm), self._earlier_row(arm)):
-            try:
-                row: dict[str, Any] = json.loads(path.read_text()) if path else {}
-            except (OSError, ValueError):
-                continue
-            if row:
-                return row if "dataset_digest" in row else row | self._made_of(arm)
-        return None
+        try:
+            row: dict[str, Any] = json.loads(self._row(arm).read_text())
+        except (OSError, ValueError):
+            return None
+        return row
 
     def trained(self, arm: Arm) -> bool:
         """Whether the arm's model is there, so that nothing but an evaluation is missing."""
@@ -270,26 +265,6 @@ class Run:
         facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
         more = (self._columns(arm), [stamp(path) for path in self._others(arm)], _by_content(arm.defense))
         return self.folder / arm.folder / f"row-{spec.digest([*facts, *more])}.json"
-
-    def _earlier_row(self, arm: Arm) -> Path | None:
-        """As earlier code called it, which bound it to less; None where what it left out is not as it was then."""
-        plan = self.plan
-        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
-        path = self.folder / arm.folder / f"row-{spec.digest(facts)}.json"
-        if not path.exists():
-            return None
-        others = self._others(arm)
-        same = not any(map(is_url, others)) and all(
-            Path(other).stat().st_mtime <= path.stat().st_mtime for other in others
-        )
-        for name in self._columns(arm):
-            folder, _, detector = name.partition(":")
-            same = same and detector in _scored(str(self.folder / folder), plan.shards)
-        training = self._model(arm) / "train.json"
-        if arm.defense and training.exists():
-            trained = spec.parse("defenses", json.loads(training.read_text())["defense"])
-            same = same and spec.text(trained) == _by_content(arm.defense)
-        return path if same else None
 
     def _made_of(self, arm: Arm) -> dict[str, Any]:
         """What tells results apart that are called the same: data, and detectors with all their parameters."""

@@ -12,6 +12,7 @@ filter and not by the luck of the draw. Beyond, the filter also moves the edges 
 """
 
 import hashlib
+import os
 import queue
 import re
 import threading
@@ -35,7 +36,7 @@ from train.draws import DEFENSE, PIXELS, keys_of, mix
 from train.recipes import Recipe
 
 WINDOW_BYTES = 2 * 1024**3
-DECODERS = 2  # threads; PIL lets go of the interpreter while it decodes
+DECODERS = min(max(2, len(os.sched_getaffinity(0))), 16)  # threads; PIL lets go of the interpreter while it decodes
 T = TypeVar("T")
 
 
@@ -212,6 +213,8 @@ def batches(
     rows, window = order(index, seed, epoch)
     if chosen is not None:
         rows, window = rows[chosen[rows]], window[chosen[rows]]
+    if not len(rows):
+        raise InputError(f"epoch {epoch}: the defense leaves no pair to train on; let it skip less, or give it more")
     edges = cuts(len(rows), recipe.batch, world)[first:]
     slices = [np.arange(a + (b - a) // world * rank, a + (b - a) // world * (rank + 1)) for a, b in pairwise(edges)]
     keys = keys_of(index.uid)

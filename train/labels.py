@@ -50,7 +50,7 @@ class Labels:
     def in_caption(self, caption: str) -> int:
         """The only class that occurs as whole words; within `red apple` an `apple` does not count."""
         said = words(caption)
-        found: dict[int, tuple[int, int]] = {}
+        found: set[int] = set()
         spans: list[tuple[int, int, int]] = []
         for start in range(len(said)):
             for end in range(start + 1, min(start + self.longest, len(said)) + 1):
@@ -58,8 +58,8 @@ class Labels:
                     spans.append((start, end, i))
         for start, end, i in spans:
             if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans):
-                found[i] = (start, end)
-        return next(iter(found)) if len(found) == 1 else -1
+                found.add(i)
+        return found.pop() if len(found) == 1 else -1
 
 
 def labels_of(sample: Sample) -> Iterator[str]:

@@ -26,7 +26,7 @@ from pipeline.cluster import connected
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.shards import Shard, UidRule, list_shards
-from pipeline.shards.store import clear_temporaries, exists, is_url, join, make_folder, view, write
+from pipeline.shards.store import absolute, clear_temporaries, exists, is_url, join, make_folder, view, write
 from pipeline.spec import UNDRAWN
 from train.defenses import Defense
 from train.recipes import recipe_of
@@ -69,8 +69,17 @@ def train(
         validation: held-out shards; checkpoints/best is then the epoch of the least loss on them.
         save_minutes: how much of an epoch a killed run may have to repeat; after each epoch a state is saved anyway.
     """
-    task = prepare(shards, out, recipe=recipe, defense=defense, init=init, seed=seed, uid=uid, validation=validation)
-    task = replace(task, save_minutes=save_minutes)
+    task = prepare(
+        shards,
+        out,
+        recipe=recipe,
+        defense=defense,
+        init=init,
+        seed=seed,
+        uid=uid,
+        save_minutes=save_minutes,
+        validation=validation,
+    )
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one has to work")
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -102,6 +111,7 @@ def prepare(
     init: str | None,
     seed: int,
     uid: UidRule,
+    save_minutes: float = 5.0,
     validation: str | None = None,
 ) -> "Task":
     """Check the arguments, before a cluster is asked for; every byte of the shards is read once, for their digest."""
@@ -122,7 +132,7 @@ def prepare(
         from train.model import load
 
         first = load(init, device="cpu").digest
-        init = init if ":" in init else str(Path(init).resolve())
+        init = init if ":" in init else absolute(init)
     from train.data import digest
     from train.trainer import Task
 
@@ -138,19 +148,18 @@ def prepare(
     }
     # Ray's workers start in another folder.
     return Task(
-        _there(listed),
-        str(Path(out).resolve()),
-        recipe,
-        seed,
-        uid,
-        init,
-        text(_absolute(chosen)) if defense else None,
-        None
-        if known is None
-        else dict(zip(*(known.column(name).to_pylist() for name in ("uid", "target")), strict=True)),
-        spec,
-        {_whole(path): uids for path, uids in only.items()},
-        validation=_there(held_out),
+        shards=_as_workers_see(listed),
+        out=absolute(out),
+        recipe=recipe,
+        seed=seed,
+        uid=uid,
+        init=init,
+        defense=text(_absolute(chosen)) if defense else None,
+        poisons=None if known is None else _targets(known),
+        spec=spec,
+        only={absolute(path): uids for path, uids in only.items()},
+        save_minutes=save_minutes,
+        validation=_as_workers_see(held_out),
     )
 
 
@@ -160,15 +169,16 @@ def _absolute(defense: Defense) -> Defense:
         return defense
     hints = get_type_hints(type(defense), include_extras=True)
     places = [f.name for f in fields(defense) if UNDRAWN in getattr(hints[f.name], "__metadata__", ())]
-    return replace(defense, **{name: _whole(getattr(defense, name)) for name in places})
+    return replace(defense, **{name: absolute(getattr(defense, name)) for name in places})
 
 
-def _there(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    return tuple(type(s)(_whole(s.path)) for s in shards)
+def _as_workers_see(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    return tuple(type(shard)(absolute(shard.path)) for shard in shards)
 
 
-def _whole(path: str) -> str:
-    return path if is_url(path) else str(Path(path).resolve())
+def _targets(known: Any) -> dict[str, str]:
+    """By uid, of a ledger as a pyarrow table."""
+    return dict(zip(*(known.column(name).to_pylist() for name in ("uid", "target")), strict=True))
 
 
 def finished(task: "Task") -> bool:
@@ -266,7 +276,9 @@ def _on_ray(task: "Task", workers: int) -> None:
         variables = {"env_vars": {"PYTHONPATH": paths}}
         connected(logging_level=logging.WARNING, runtime_env=variables)
     has = ray.cluster_resources()
-    gpu = has.get("GPU", 0) >= workers
+    gpu = has.get("GPU", 0) > 0
+    if gpu and has["GPU"] < workers:
+        raise InputError(f"--workers {workers}: the cluster has {has['GPU']:.0f} GPUs; ask for fewer workers")
     if not gpu and has.get("CPU", 0) < workers:
         raise InputError(f"--workers {workers}: the cluster has {has.get('CPU', 0):.0f} CPUs; ask for fewer workers")
     storage = tempfile.mkdtemp(prefix="mithridate-ray-")  # Ray Train's own bookkeeping; ours lies in OUT

@@ -168,7 +168,7 @@ def _by_channel(values: torch.Tensor) -> torch.Tensor:
 def synchronise(module: nn.Module) -> None:
     """Make the batch norms of a model count over all ranks, or two workers would train another model than one."""
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if type(child) is nn.BatchNorm2d:  # timm's own class of it has an activation inside
             synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum)
             synced.load_state_dict(child.state_dict())
             setattr(module, name, synced.to(child.weight.device))

@@ -94,6 +94,8 @@ def restore(trainer: "Trainer") -> np.ndarray:
                     values.to(trainer.device) if name in ("loss", "similarity") else values
                 )
         trainer.defense.memory.update({k: v.to(trainer.device) for k, v in state["memory"].items()})
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # which say nothing of the file
+        raise
     except Exception as error:  # unpickling meets foreign bytes here; whatever it raises, the file is bad
         raise InputError(
             f"{file}: cannot resume from it ({type(error).__name__}); remove the folder and start again"

@@ -32,7 +32,7 @@ def write_traces(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    by = np.lexsort((index.uid[row], np.array([s.name for s in index.shards])[index.shard[row]]))
+    by = np.lexsort((index.uid[row], index.shard[row]))
     row, step, loss, similarity = row[by], step[by], loss[by], similarity[by]
     types = {"uid": pa.string(), "shard": pa.string(), "epoch": pa.int32(), "loss": pa.float32()}
     schema = pa.schema([*types.items(), ("similarity", pa.float32()), ("step", pa.int32())])

@@ -121,8 +121,8 @@ class Trainer:
         done = self.epoch * self.steps + self.step
         before = len(self.curve["step"])
         events = Events(join(self.task.out, "tensorboard"), before) if self.rank == 0 else None
-        losses = self.curve["loss"][before - self.step :]
-        with Progress(self.recipe.epochs, self.steps, done, losses, events) as progress:
+        known = self.curve["loss"][before - self.step :]
+        with Progress(self.recipe.epochs, self.steps, done, known, events) as progress:
             while self.epoch < self.recipe.epochs:
                 self._train_epoch(progress)
                 self.defense.epoch_end(self)
@@ -178,7 +178,7 @@ class Trainer:
         found = every._replace(image=every.image[:n], text=every.text[:n])
         pairs = losses.of_pairs(found, self.recipe.loss, self.rank, self.world)
         features = Features(found.image, found.text, found.scale, pairs, *views)
-        loss = self.defense.loss(features, batch, self.towers.clip)
+        loss = self.defense.loss(features, batch)
         mean, due = self._agreed(loss)
         if not np.isfinite(mean):
             self._check_weights(buffers=False)  # which this batch has passed through

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline import spec
 from pipeline.arguments import Out
+from pipeline.bioassay import stretch
 from pipeline.errors import InputError
 from pipeline.progress import run_stage
 from pipeline.shards import UidRule, list_shards
@@ -98,7 +99,8 @@ def updates(
 def half_life(rows: Sequence[dict[str, Any]], readout: str) -> dict[str, Any]:
     """Updates after the last poisoned one until half of the success is left: value, 95% interval, whether it counts.
 
-    The most likely exponential through the counts of all seeds; the interval by drawing seeds and counts again.
+    The most likely exponential through the counts of all seeds; the interval by drawing seeds and counts again, as
+    wide as few seeds ask for (`pipeline.bioassay`). Of one seed it is over the evaluation's images only.
     None stands for "does not fall". `valid` is False where the attack had not succeeded when the updates began.
     """
     last = max((row["update"] for row in rows if row["poisons"]), default=0)
@@ -114,11 +116,12 @@ def half_life(rows: Sequence[dict[str, Any]], readout: str) -> dict[str, Any]:
     for _ in range(DRAWS):
         chosen = rng.integers(len(seeds), size=len(seeds))
         drawn.append(_fit(n[chosen].sum(0), rng.binomial(n[chosen], k[chosen] / n[chosen]).sum(0)))
-    low, high = np.quantile(drawn, [0.025, 0.975])
     start = float(k[:, 0].sum() / n[:, 0].sum())
     value = _fit(n.sum(0), k.sum(0))
+    stretched = np.log(value) + stretch(len(seeds)) * (np.log(drawn) - np.log(value))
+    low, high = np.exp(np.quantile(stretched, [0.025, 0.975]))
     facts = {"value": value, "low": float(low), "high": float(high)}
-    told = {name: None if x >= HALF_LIVES[-1] else x for name, x in facts.items()}
+    told = {name: None if np.isclose(x, HALF_LIVES[-1]) or x > HALF_LIVES[-1] else x for name, x in facts.items()}
     return told | {"valid": start > FLOOR and steps > 1, "start": start, "seeds": len(seeds), "updates": steps - 1}
 
 
@@ -139,8 +142,9 @@ def _markdown(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, Any]]) 
     for name, fact in found.items():
         lost = f"half of {name} ({fact['start']:.1%} at the start) is left after"
         value, low, high = ("more than any" if fact[x] is None else f"{fact[x]:.2g}" for x in ("value", "low", "high"))
+        of = f"{fact['seeds']} seeds" if fact["seeds"] > 1 else "1 seed: over images only"
         valid = "" if fact["valid"] else "; NOT VALID: the attack had not succeeded"
-        lines.append(f"{lost} {value} updates (95% {low} to {high}; {fact['seeds']} seeds){valid}")
+        lines.append(f"{lost} {value} updates (95% {low} to {high}; {of}){valid}")
     return "\n".join(lines)
 
 

@@ -3,12 +3,12 @@
 import html
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -23,7 +23,6 @@ from pipeline.estimate import Estimate, estimate
 from pipeline.loop import _bisected, loop
 from pipeline.report.summary import write_report
 from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
-from pipeline.spec import digest, parse, text
 from train.metrics import Rate
 from train.results import columns
 
@@ -197,6 +196,22 @@ def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(pl
     assert len({row(evaluation=f"{place}/{name}")[1]["evaluation_digest"] for name in ("eval", "train")}) == 2
 
 
+def test_two_epochs_are_compared_whatever_the_order_of_the_config(place):
+    """Of an epoch at which only a control is scored there are no embeddings otherwise."""
+    path = config(place, ["neighbour_drift"], "neighbour_drift")
+    with pytest.raises(InputError, match="compares two epochs"):
+        loop(path, str(place / "refused"))
+    later = place / "two.toml"
+    both = '[[scores]]\nepoch = 8\ndetectors = ["neighbour_drift"]\n\n[[scores]]\nepoch = 4'
+    later.write_text(Path(config(place)).read_text().replace("[[scores]]\nepoch = 4", both))
+    plan = Config.read(str(later))
+    assert (plan.earlier(8), plan.earlier(4)) == (4, None)
+    run = Run(plan, plan.attacks[0], "10", 0, place / "two")
+    run.row(UNDEFENDED)
+    run.score()
+    assert run.scored
+
+
 def test_a_repair_is_of_the_bytes_that_it_trusts(place, tmp_path):
     shutil.copytree(place / "eval", tmp_path / "trusted")
     plan = Config.read(config(place, defenses=[f"finetune(trusted='{tmp_path}/trusted')"]))
@@ -207,29 +222,6 @@ def test_a_repair_is_of_the_bytes_that_it_trusts(place, tmp_path):
     write_tar(tmp_path / "trusted" / "00000000.tar", pairs(0, 8))
     runs._by_content.cache_clear()
     assert before != run._row(arm)
-
-
-def test_a_row_of_earlier_code_is_believed_where_it_can_be_checked(place, tmp_path):
-    """Earlier code called rows by less; what they were made of must be seen in the files beside."""
-    shutil.copytree(place / "eval", tmp_path / "reference")
-    plan = Config.read(config(place, ["slof"], "slof", doses=["10"], reference=f"{tmp_path}/reference"))
-    run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path / "out"), arms_of(plan)[1]
-    facts = [run.attack, "10", plan.evaluation, plan.classes, plan.reference, plan.readouts, runs._stamps(plan)]
-    path = run.folder / arm.folder / f"row-{digest(facts)}.json"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"attack": "there"}')
-    assert run.kept(arm) is None  # by which scores?
-    scores = run.folder / "scores-004"
-    scores.mkdir()
-    for k in (64, 16):
-        table = {"uid": ["a"], text(parse("detectors", f"slof(k={k})")): [0.0]}
-        pl.DataFrame(table).write_parquet(scores / "00000000.scores.parquet")
-        row = run.kept(arm)
-        assert (row is None) == (k == 64)
-    assert row is not None and row["attack"] == "there" and row["detectors"] and row["dataset_digest"]
-    os.utime(tmp_path / "reference" / "00000000.tar", (2**32, 2**32))
-    runs._stamps.cache_clear()
-    assert run.kept(arm) is None
 
 
 def test_the_report_of_several_doses_tells_how_much_poison_an_attack_takes(place, tmp_path):

@@ -72,7 +72,7 @@ def test_roclip_matches_with_the_pool_every_third_epoch() -> None:
         defense.memory.update(pool=pool, size=5)
         closest = torch.stack([max(pool, key=lambda p: float(p @ row)) for row in f.image])
         expected = (plain(f.image, closest) + plain(closest, f.image)) / 2 if matched else float(f.losses.mean())
-        assert float(defense.loss(f, batch_of(6, epoch), None)) == pytest.approx(expected, rel=1e-5)
+        assert float(defense.loss(f, batch_of(6, epoch))) == pytest.approx(expected, rel=1e-5)
         assert torch.equal(defense.memory["pool"], f.text[-5:])
 
 
@@ -81,7 +81,7 @@ def test_cleanclip_weighs_both_parts_alike() -> None:
     assert f.image_view is not None and f.text_view is not None
     multimodal = (plain(f.image, f.text) + plain(f.text, f.image)) / 2
     unimodal = (plain(f.image, f.image_view) + plain(f.text, f.text_view)) / 2
-    loss = spec.parse("defenses", "cleanclip(trusted='x')").loss(f, batch_of(6), None)
+    loss = spec.parse("defenses", "cleanclip(trusted='x')").loss(f, batch_of(6))
     assert float(loss) == pytest.approx(multimodal + unimodal, rel=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_par_pushes_until_the_threshold() -> None:
     defense.memory["poisoned"] = lambda batch: (near, far, None)
     pushed = sum(float(sum((a - b) ** 2)) for a, b in zip(f.image, near, strict=True)) / 6
     assert 0 < pushed < 1  # the text has moved by 4, beyond the threshold, and counts no more
-    assert float(defense.loss(f, batch_of(6), None)) == pytest.approx(float(f.losses.mean()) - pushed / 2, rel=1e-5)
+    assert float(defense.loss(f, batch_of(6))) == pytest.approx(float(f.losses.mean()) - pushed / 2, rel=1e-5)
 
 
 def test_abl_ascends_below_gamma_and_unlearns_the_isolated() -> None:
@@ -101,10 +101,10 @@ def test_abl_ascends_below_gamma_and_unlearns_the_isolated() -> None:
     losses = f.losses.tolist()
     assert any(x < 3 for x in losses) and any(x > 3 for x in losses)
     signed = sum(x if x > 3 else -x for x in losses) / 6
-    assert float(defense.loss(f, batch_of(6, 1), None)) == pytest.approx(signed, rel=1e-5)
+    assert float(defense.loss(f, batch_of(6, 1))) == pytest.approx(signed, rel=1e-5)
     np.testing.assert_allclose(defense.memory["losses"], losses)
-    assert float(defense.loss(f, batch_of(6, 2), None)) == pytest.approx(sum(losses) / 6, rel=1e-5)
-    assert float(defense.loss(f, batch_of(6, 3), None)) == pytest.approx(-(losses[0] + losses[3]) / 2, rel=1e-5)
+    assert float(defense.loss(f, batch_of(6, 2))) == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert float(defense.loss(f, batch_of(6, 3))) == pytest.approx(-(losses[0] + losses[3]) / 2, rel=1e-5)
     assert spec.parse("defenses", "abl").phases(75) == (10, 70) and spec.parse("defenses", "abl").phases(12) == (2, 11)
 
 
@@ -116,7 +116,7 @@ def test_abl_isolates_what_has_no_loss_left_and_not_what_it_has_not_met() -> Non
     defense.begin(trainer)
     losses = torch.tensor([3.0, 0.0, 2.0, 1e-3, 1.0, 4.0, 5.0, 6.0, 7.0])  # fp32 has 0.0 for the easiest
     found = dataclasses.replace(features(9), losses=losses)
-    defense.loss(found, batch_of(9, 2), None)
+    defense.loss(found, batch_of(9, 2))
     defense.epoch_end(trainer)
     assert defense.memory["isolated"].nonzero().flatten().tolist() == [1, 3]
 
@@ -144,7 +144,7 @@ def test_safeclip_splits_the_batch() -> None:
         (4, paired + alone(~safe)),
     ):
         defense.memory.update(banks, unimodal=2, safe=safe if epoch == 4 else ~everything)
-        assert float(defense.loss(f, batch_of(6, epoch), None)) == pytest.approx(expected, rel=1e-5)
+        assert float(defense.loss(f, batch_of(6, epoch))) == pytest.approx(expected, rel=1e-5)
     rng = np.random.default_rng(0)
     scores = np.concatenate([rng.normal(0.1, 0.05, 700), rng.normal(0.8, 0.05, 300)])
     assert defense.first_share(scores, 0) == pytest.approx(0.3, abs=0.02)
@@ -167,6 +167,6 @@ def test_super_finetuning_cycles() -> None:
 
 def test_the_base_class_is_plain_clip() -> None:
     f = features()
-    assert float(Defense().loss(f, batch_of(6), None)) == pytest.approx(
+    assert float(Defense().loss(f, batch_of(6))) == pytest.approx(
         float(open_clip.ClipLoss()(f.image, f.text, f.logit_scale)), rel=1e-5
     )

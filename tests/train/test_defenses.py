@@ -216,13 +216,20 @@ def test_killed_for_good(poisoned: Path, told: Callable[..., str], tiny: str, tm
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("leaked", [0, 1, 5])
+@pytest.mark.parametrize(("asked", "leaked"), [(0, 0), (1, 1), (5, 5), (9, 8)])  # of eight
 def test_contamination_leaks_as_many_poisons(
-    leaked: int, poisoned: Path, start: str, told: Callable[..., str], tiny: str, tmp_path: Path, capsys: Any
+    asked: int,
+    leaked: int,
+    poisoned: Path,
+    start: str,
+    told: Callable[..., str],
+    tiny: str,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     from train.launch import prepare
 
-    defense = told("finetune", contamination=leaked)
+    defense = told("finetune", contamination=asked)
     capsys.readouterr()
     train(str(poisoned), str(tmp_path / "out"), recipe=tiny, defense=defense, init=start)
     assert f"this run will see {leaked} known poisons" in capsys.readouterr().err
@@ -234,7 +241,7 @@ def test_contamination_leaks_as_many_poisons(
     drawn = [prepare(str(poisoned), str(tmp_path / "x"), seed=seed, **options).only for seed in (0, 0, 1, 2, 3)]
     assert drawn[0] == drawn[1]
     assert {uid for uids in drawn[0].values() for uid in uids} == seen & known
-    if leaked:
+    if 0 < leaked < 8:
         assert any(other != drawn[0] for other in drawn[2:])
 
 
@@ -303,7 +310,6 @@ def test_what_the_user_is_told(
         return str(caught.value)
 
     assert "name it with --init" in refused(poisoned, told("par"), None)
-    assert "8 poisons, and contamination asks for 9" in refused(poisoned, told("par", contamination=9))
     assert "no such ledger" in refused(shapes(64), told("par", contamination=1))
     assert "trust other shards" in refused(poisoned, told("par", contamination=1, trusted=str(poisoned)))
     assert "no such" in refused(poisoned, told("par", trusted="/nowhere"))

@@ -149,7 +149,7 @@ def test_the_loss_is_that_of_open_clip(shapes: Callable[..., Path], tmp_path: Pa
     import open_clip
 
     class stock(Defense):
-        def loss(self, features, batch, model):
+        def loss(self, features, batch):
             return open_clip.ClipLoss()(features.image, features.text, features.logit_scale)
 
     curves = []
@@ -168,10 +168,10 @@ def test_a_defense_acts_in_three_places(shapes: Callable[..., Path], tmp_path: P
             seen.append("augment")
             return batch
 
-        def loss(self, features, batch, model):
+        def loss(self, features, batch):
             seen.append("loss")
             assert features.image.shape == features.text.shape == (len(batch.rows), 32)
-            return super().loss(features, batch, model) * 2
+            return super().loss(features, batch) * 2
 
         def epoch_end(self, trainer):
             seen.append(f"epoch {trainer.epoch}")
@@ -544,7 +544,7 @@ def test_the_pair_whose_features_are_no_numbers_is_named(
         def augment(self, batch):
             return replace(batch, images=torch.cat([batch.images] * 2), tokens=torch.cat([batch.tokens] * 2))
 
-        def loss(self, features, batch, model):
+        def loss(self, features, batch):
             return features.losses.mean() + features.image_view.mean()
 
     trainer = _trainer(shapes(32), tmp_path / "out", tiny, twice(), _Faulty)

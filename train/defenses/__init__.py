@@ -5,6 +5,7 @@ Its fields are its parameters. What a run has to remember is in `memory`, not in
 
 Published rates and lengths are those of models a thousand times larger. They are kept as ratios: a rate as a share of
 the rate that the model was trained at, a phase as a share of the training, a pool as a share of the data.
+Batches, banks and the epochs of a repair are the papers' own numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ class Defense:
         """The batch that the model sees instead. images uint8 [n, 3, s, s], tokens int64 [n, context]."""
         return batch
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> "Tensor":
+    def loss(self, features: "Features", batch: "Batch") -> "Tensor":
         """The scalar that is minimised: open_clip's contrastive loss averaged over the pairs of this rank."""
         return features.losses.mean()
 

@@ -32,9 +32,9 @@ def encoded(
 
 
 def similarities(trainer: "Trainer") -> torch.Tensor:
-    """float32 [n]: the cosine of each pair, on every rank. Rows that did not come have -1."""
+    """float32 [n]: the cosine of each pair, on every rank. Rows that did not come have NaN."""
     values = torch.zeros(2, len(trainer.index), device=trainer.device)
     for rows, image, text in encoded(trainer):
         values[:, rows] = torch.stack([(image * text).sum(1), torch.ones(len(rows), device=trainer.device)])
     total, seen = summed(values)
-    return torch.where(seen > 0, total, -1.0)
+    return torch.where(seen > 0, total, torch.nan)

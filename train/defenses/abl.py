@@ -1,7 +1,9 @@
 """ABL, anti-backdoor learning: what is learnt first is isolated, and then unlearnt by gradient ascent.
 
-Trade-off: rests on poison being learnt faster than everything else. That holds for a trigger in a tenth of CIFAR-10,
-and it fails at rates where poison is learnt last, as in most of our runs: then it unlearns its easiest clean pairs.
+Trade-off: rests on poison having the least loss early. That holds for a trigger in a tenth of CIFAR-10. Under a
+contrastive loss m pairs of one caption in a batch are each other's negatives, so that the loss of each is at least
+ln m however well they are learnt: above gamma for two. Poisons that share captions are then isolated last, and what is
+unlearnt is the easiest of the clean pairs, as in our runs.
 
 Source: ABL (Li et al., NeurIPS 2021, section 4; settings of the released code): local gradient ascent at gamma 0.5,
 the 1% of lowest loss, then 10, 60 and 5 epochs, stretched to the recipe's.
@@ -14,7 +16,7 @@ of a CLIP do (CleanCLIP's 1e-5 after 5e-4).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -68,7 +70,7 @@ class abl(Defense):
         tuned, finetuned = self.memory["ends"]
         return ~self.memory["isolated"].cpu().numpy() if tuned < epoch <= finetuned else None
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
+    def loss(self, features: "Features", batch: "Batch") -> torch.Tensor:
         tuned, finetuned = self.memory["ends"]
         losses, rows = features.losses, torch.from_numpy(batch.rows).to(features.losses.device)
         if batch.epoch <= tuned:

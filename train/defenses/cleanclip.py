@@ -10,7 +10,7 @@ Source: CleanCLIP (Bansal et al., ICCV 2023, section 4): loss and weights, AutoA
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class cleanclip(Trusted):
         tokens = torch.cat([batch.tokens, eda(batch.tokens, batch.keys)])
         return dataclasses.replace(batch, images=images, tokens=tokens)
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
+    def loss(self, features: "Features", batch: "Batch") -> torch.Tensor:
         """w_clip * L_CLIP + w_in / 2 * (CE(image -> its view) + CE(text -> its view))."""
         assert features.image_view is not None and features.text_view is not None
         of_image = finding(features.image, features.image_view, features.logit_scale)

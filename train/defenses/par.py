@@ -11,7 +11,7 @@ named there without strengths that could be read here; ours are a standard devia
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class par(Trusted):
     def vocabulary(self, tokens: np.ndarray) -> np.ndarray:
         return np.unique(tokens)  # captions stay as they are
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
+    def loss(self, features: "Features", batch: "Batch") -> torch.Tensor:
         with torch.no_grad():
             image, text, *_ = self.memory["poisoned"](batch)
         moved = [(a - b).square().sum(1).mean() for a, b in ((features.image, image), (features.text, text))]

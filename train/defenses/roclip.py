@@ -12,7 +12,7 @@ rate, batch and length are the recipe's.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class roclip(Defense):
         images, tokens = jitter_grey_blur(batch.images, batch.keys), eda(batch.tokens, batch.keys)
         return dataclasses.replace(batch, images=images, tokens=tokens)
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
+    def loss(self, features: "Features", batch: "Batch") -> torch.Tensor:
         pool = self.memory["pool"]
         self.memory["pool"] = push(pool, features.text, self.memory["size"])
         if batch.epoch % self.every or not len(pool):

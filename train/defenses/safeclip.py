@@ -13,7 +13,7 @@ not.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class safeclip(Defense):
         tokens = [eda(batch.tokens, batch.keys), eda(batch.tokens, other)]
         return dataclasses.replace(batch, images=torch.cat(images), tokens=torch.cat(tokens))
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
+    def loss(self, features: "Features", batch: "Batch") -> torch.Tensor:
         scale, unimodal = features.logit_scale, self.memory["unimodal"]
         if batch.epoch == unimodal + 1:
             return features.losses.mean()
@@ -119,6 +119,7 @@ class safeclip(Defense):
         """How many pairs are of the more similar of two Gaussians, with this confidence; at most the cap."""
         from sklearn.mixture import GaussianMixture
 
+        scores = scores[np.isfinite(scores)]
         mixture = GaussianMixture(2, random_state=seed).fit(scores[:, None])
         likely = mixture.predict_proba(scores[:, None])[:, mixture.means_[:, 0].argmax()]
         return min(self.cap, float((likely >= self.confidence).mean()))

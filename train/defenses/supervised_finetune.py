@@ -14,7 +14,7 @@ Changed: the head, as said.
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 
@@ -79,7 +79,7 @@ class supervised_finetune(Trusted):
             )
         return {uid: known.index[key(target)] for uid, target in targets.items()}
 
-    def loss(self, features: "Features", batch: "Batch", model: Any) -> torch.Tensor:
+    def loss(self, features: "Features", batch: "Batch") -> torch.Tensor:
         labels = self.memory["labels"][torch.from_numpy(batch.rows).to(features.image.device)]
         logits = features.logit_scale * features.image @ self.memory["head"].T
         losses = torch.nn.functional.cross_entropy(logits, labels.clamp_min(0), reduction="none")
