@@ -107,7 +107,7 @@ def test_an_arm_without_some_of_the_seeds_has_no_factor_and_few_seeds_are_told_o
     assert "1 seed of clip_score: the interval is over images" in said and said.count("seeds 0") == 1
 
 
-def test_one_detector_with_two_parameters_is_two_arms_and_earlier_code_is_of_the_only_one(tmp_path):
+def test_one_detector_with_two_parameters_is_two_arms(tmp_path):
     rows = data.rows(arms=FEW[:2], seeds=(0,), doses=(118, 354))
     sixteen, sixtyfour = (
         [row | {"detectors": f"scores-004:clip_score(k={k})"} for row in rows if row["arm"] == "clip_score"]
@@ -115,11 +115,8 @@ def test_one_detector_with_two_parameters_is_two_arms_and_earlier_code_is_of_the
     )
     both = results.labels([*rows[:2], *sixteen, *sixtyfour])
     assert [*both.values()][1:] == [f"clip_score, scores-004:clip_score(k={k})" for k in (16, 64)]
-    files = [data.write(tmp_path / "a.parquet", rows), data.write(tmp_path / "b.parquet", sixteen)]
-    assert dose_response(tuple(files), str(tmp_path / "one")) == 0
-    assert pl.read_parquet(tmp_path / "one/dose_response.parquet")["label"].to_list() == ["undefended", "clip_score"]
-    files[1] = data.write(tmp_path / "c.parquet", [*sixteen, *sixtyfour])
-    assert dose_response(tuple(files[1:]), str(tmp_path / "two")) == 0
+    file = data.write(tmp_path / "both.parquet", [*sixteen, *sixtyfour])
+    assert dose_response((file,), str(tmp_path / "two")) == 0
     assert len(pl.read_parquet(tmp_path / "two/dose_response.parquet")) == 2
 
 
