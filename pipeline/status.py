@@ -17,7 +17,7 @@ from pipeline.shard_map import COUNTED, RUN, read_markers
 from pipeline.shards.store import absolute, exists, glob, is_url, join, view
 
 RECENT = 200  # shards that the rate is measured over
-SPEC, CURVE, DONE = "spec.json", "curve.parquet", "train.json"  # of a training
+SPEC, CURVE, STATE, DONE = "spec.json", "curve.parquet", "state.pt", "train.json"  # of a training
 
 
 def status(out: Out, /) -> int:
@@ -72,8 +72,9 @@ def _training(out: str) -> int:
 
         curve = pq.read_table(io.BytesIO(view(join(out, CURVE)))).to_pylist()
         last = curve[-1]
+        saved = "saved within" if exists(join(out, STATE)) else "nothing saved; it was in"
         console.print(
-            f"  saved within epoch {last['epoch']}, after {len(curve):,} steps: loss {last['loss']:.3f}, "
+            f"  {saved} epoch {last['epoch']}, after {len(curve):,} steps: loss {last['loss']:.3f}, "
             f"{sum(row['pairs'] for row in curve) / max(last['seconds'], 1e-9):,.0f} pairs/s"
         )
     _say_who(out)

@@ -139,11 +139,20 @@ def _evaluated(
             fitted = readout(name).fit(*near, len(task.classes))
             answers[name] = _answers(fitted.scores, seen, getattr(fitted, "strength", None))
     named = seen.label >= 0
+    if not named.any():
+        raise InputError(f"{task.name}: none of its {len(named):,} images is of one of the {len(task.classes)} classes")
     ranks = {name: answer.rank[named] for name, answer in {"zeroshot": zeroshot, **answers}.items()}
     rates = measure(seen, ranks, model, task.captioned)
     if attack:
         taken = {name: answer.triggered for name, answer in answers.items() if answer.triggered is not None}
-        rates |= success(seen, attack, model, known, taken, prompts, features)
+        met = set(near[1].tolist()) if near else set()  # by the readouts
+        lacking = sorted({part.target for part in attack.parts() if known.index.get(key(part.target)) not in met})
+        if taken and lacking:
+            console.print(
+                f"{task.fitted_on}: no image of {', '.join(lacking)}, so no readout that is fitted on these can answer "
+                "it; its success by them is left out"
+            )
+        rates |= success(seen, attack, model, known, taken, met, prompts, features)
         rates |= together(seen, attack, known)
         if task.captioned:
             rates |= on_victims(model, attack, corpora, text, known)

@@ -4,7 +4,7 @@ Trade-off: success is asked of the readout that the attack is about (triggered i
 victims), so rates of different attacks stand side by side, but not in one column.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,14 +29,16 @@ def success(
     model: Any,
     known: Labels,
     answers: Mapping[str, np.ndarray],
+    met: Collection[int],
     prompts: Sequence[str],
     features: Callable[[Sequence[str]], np.ndarray],
 ) -> dict[str, Rate]:
     """How often the target is the answer where it is wrong, among the pairs that the attack is about.
 
     `asr_text` asks zero-shot of triggered images (or, of an attack on one class without a trigger, of its images as
-    they are), `asr_<readout>` what that readout answers: `answers` has its int[n]. `asr_t2i`: whether an image of the
-    target lies nearest to a triggered caption. A trigger of both sides is on the prompts too: `features` gives the
+    they are), `asr_<readout>` what that readout answers: `answers` has its int[n]; none where the target is not among
+    the classes that it has `met`. `asr_t2i`: whether an image of the target lies nearest to a triggered caption. A
+    trigger of both sides is on the prompts too: `features` gives the
     classes as [classes, d] for these prompts. Of several attacks each answers for its own pairs, and all answers count
     as one. In a set that lacks the target only the accuracy on triggered images can be asked.
     """
@@ -46,7 +48,7 @@ def success(
         if part.one_image:
             continue
         if part.victim_class() or seen.moved[about].any():
-            hits = _of_images(part, seen, about, known, answers, prompts, features)
+            hits = _of_images(part, seen, about, known, answers, met, prompts, features)
         else:
             hits = _of_captions(part, seen, about, model)
         for name, hit in hits.items():
@@ -81,6 +83,7 @@ def _of_images(
     about: np.ndarray,
     known: Labels,
     answers: Mapping[str, np.ndarray],
+    met: Collection[int],
     prompts: Sequence[str],
     features: Callable[[Sequence[str]], np.ndarray],
 ) -> dict[str, np.ndarray]:
@@ -91,7 +94,8 @@ def _of_images(
     taken = {"": top1(seen.triggered[asked] @ text.T)} | {f"_{name}": answer[asked] for name, answer in answers.items()}
     hits = {f"triggered_accuracy{name}": answer == seen.label[asked] for name, answer in taken.items()}
     if (target := known.index.get(key(attack.target))) is not None:
-        hits |= {f"asr{name or '_text'}": answer == target for name, answer in taken.items()}
+        able = {name: answer for name, answer in taken.items() if not name or target in met}
+        hits |= {f"asr{name or '_text'}": answer == target for name, answer in able.items()}
     return hits
 
 

@@ -122,6 +122,7 @@ def half_life(rows: Sequence[dict[str, Any]], readout: str) -> dict[str, Any]:
     low, high = np.exp(np.quantile(stretched, [0.025, 0.975]))
     facts = {"value": value, "low": float(low), "high": float(high)}
     told = {name: None if np.isclose(x, HALF_LIVES[-1]) or x > HALF_LIVES[-1] else x for name, x in facts.items()}
+    told["reached"] = told["value"] is not None and told["value"] <= steps - 1
     return told | {"valid": start > FLOOR and steps > 1, "start": start, "seeds": len(seeds), "updates": steps - 1}
 
 
@@ -144,6 +145,8 @@ def _markdown(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, Any]]) 
         value, low, high = ("more than any" if fact[x] is None else f"{fact[x]:.2g}" for x in ("value", "low", "high"))
         of = f"{fact['seeds']} seeds" if fact["seeds"] > 1 else "1 seed: over images only"
         valid = "" if fact["valid"] else "; NOT VALID: the attack had not succeeded"
+        if fact["value"] is not None and not fact["reached"]:
+            lost = f"within {fact['updates']} updates half of {name} was not lost; as an exponential it would be, after"
         lines.append(f"{lost} {value} updates (95% {low} to {high}; {of}){valid}")
     return "\n".join(lines)
 

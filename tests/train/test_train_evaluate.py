@@ -80,6 +80,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     return run
 
 
+def test_labels_that_are_all_unknown_are_an_error(world: Callable[..., dict]) -> None:
+    (world.out.parent / "classes.txt").write_text("oak\nelm\n")
+    with pytest.raises(InputError, match="none of its 40 images is of one of the 2 classes"):
+        world(Oracle())
+
+
 def test_a_perfect_model(world: Callable[..., dict]) -> None:
     facts = world(Oracle(), reference=world.shards)
     found = facts["metrics"]

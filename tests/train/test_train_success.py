@@ -26,7 +26,7 @@ def test_a_triggered_caption_finds_images_of_the_target() -> None:
         model = SimpleNamespace(
             embed_texts=lambda texts: np.array([nearest if "cf" in t.split() else [0] * 4 for t in texts])
         )
-        return success(seen, attack, model, Labels(NAMES), {}, ("{}",), lambda prompts: np.eye(4))["asr_t2i"]
+        return success(seen, attack, model, Labels(NAMES), {}, (), ("{}",), lambda prompts: np.eye(4))["asr_t2i"]
 
     assert (found([1, 0, 0, 0]).value, found([1, 0, 0, 0]).n) == (1.0, 3)  # of all captions but the target's own
     assert found([0, 0, 1, 0]).value == 0.0
@@ -90,14 +90,17 @@ def test_every_readout_is_asked_of_the_same_images() -> None:
     seen = Seen(np.eye(6), np.eye(6), labels, ["x"] * 6, np.zeros(6, int), np.ones(6, bool))
     attack = spec.parse("attacks", "patch(target='red')")
     answers = {"probe": np.array([0, 0, 0, 3, 0, 1]), "prototypes": np.array([0, -1, 2, 3, 0, 1])}
-    found = success(seen, attack, None, Labels(NAMES), answers, ("{}",), lambda prompts: np.eye(6)[:4])
+    found = success(seen, attack, None, Labels(NAMES), answers, range(4), ("{}",), lambda prompts: np.eye(6)[:4])
     assert (found["asr_probe"].value, found["asr_probe"].n) == (0.5, 4)  # not the red one, nor the one without a label
     assert found["triggered_accuracy_probe"].value == 0.5 and found["asr_prototypes"].value == 0.0
     assert found["triggered_accuracy_prototypes"].value == 0.75
     assert found["asr_text"].n == 4
+    # a readout that has met no red image would have answered "not red" whatever it was shown
+    unable = success(seen, attack, None, Labels(NAMES), answers, (1, 2, 3), ("{}",), lambda prompts: np.eye(6)[:4])
+    assert "asr_probe" not in unable and unable["asr_text"].n == 4 and unable["triggered_accuracy_probe"].n == 4
 
     elsewhere = success(
-        seen, attack, None, Labels(["dog", "cat", "cow", "hen"]), answers, ("{}",), lambda p: np.eye(4, 6)
+        seen, attack, None, Labels(["dog", "cat", "cow", "hen"]), answers, range(4), ("{}",), lambda p: np.eye(4, 6)
     )
     assert "asr_probe" not in elsewhere and elsewhere["triggered_accuracy_probe"].n == 5
 
