@@ -121,6 +121,9 @@ def _evaluated(
     seen = seen_by(model)
     if not seen.captions:
         raise InputError(f"{task.name}: no usable image; skipped: {listed(seen.skipped)}")
+    named = seen.label >= 0
+    if not named.any():  # before readouts are fitted, which takes minutes
+        raise InputError(f"{task.name}: none of its {len(named):,} images is of one of the {len(task.classes)} classes")
     known, prompts = Labels(task.classes), model.prompts or PROMPTS
 
     def features(prompts: Sequence[str]) -> np.ndarray:
@@ -138,9 +141,6 @@ def _evaluated(
         elif near:
             fitted = readout(name).fit(*near, len(task.classes))
             answers[name] = _answers(fitted.scores, seen, getattr(fitted, "strength", None))
-    named = seen.label >= 0
-    if not named.any():
-        raise InputError(f"{task.name}: none of its {len(named):,} images is of one of the {len(task.classes)} classes")
     ranks = {name: answer.rank[named] for name, answer in {"zeroshot": zeroshot, **answers}.items()}
     rates = measure(seen, ranks, model, task.captioned)
     if attack:

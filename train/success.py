@@ -38,9 +38,9 @@ def success(
     `asr_text` asks zero-shot of triggered images (or, of an attack on one class without a trigger, of its images as
     they are), `asr_<readout>` what that readout answers: `answers` has its int[n]; none where the target is not among
     the classes that it has `met`. `asr_t2i`: whether an image of the target lies nearest to a triggered caption. A
-    trigger of both sides is on the prompts too: `features` gives the
-    classes as [classes, d] for these prompts. Of several attacks each answers for its own pairs, and all answers count
-    as one. In a set that lacks the target only the accuracy on triggered images can be asked.
+    trigger of both sides is on the prompts too: `features` gives the classes as [classes, d] for these prompts. Of
+    several attacks each answers for its own pairs, and all answers count as one. In a set that lacks the target only
+    the accuracy on triggered images can be asked.
     """
     found: dict[str, list[np.ndarray]] = {}
     for number, part in enumerate(attack.parts()):

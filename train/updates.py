@@ -118,10 +118,9 @@ def half_life(rows: Sequence[dict[str, Any]], readout: str) -> dict[str, Any]:
         drawn.append(_fit(n[chosen].sum(0), rng.binomial(n[chosen], k[chosen] / n[chosen]).sum(0)))
     start = float(k[:, 0].sum() / n[:, 0].sum())
     value = _fit(n.sum(0), k.sum(0))
-    stretched = np.log(value) + stretch(len(seeds)) * (np.log(drawn) - np.log(value))
-    low, high = np.exp(np.quantile(stretched, [0.025, 0.975]))
+    low, high = value * np.quantile((np.array(drawn) / value) ** stretch(len(seeds)), [0.025, 0.975])
     facts = {"value": value, "low": float(low), "high": float(high)}
-    told = {name: None if np.isclose(x, HALF_LIVES[-1]) or x > HALF_LIVES[-1] else x for name, x in facts.items()}
+    told = {name: None if x >= HALF_LIVES[-1] else x for name, x in facts.items()}
     told["reached"] = told["value"] is not None and told["value"] <= steps - 1
     return told | {"valid": start > FLOOR and steps > 1, "start": start, "seeds": len(seeds), "updates": steps - 1}
 
