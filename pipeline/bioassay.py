@@ -90,12 +90,14 @@ class Estimate:
         return self.least == self.most
 
     def __str__(self) -> str:
-        """As in a table: `410 (300–560)`, `≥ 8.3 (95%: ≥ 6.1)`, `≤ 30`, or `not to be told`."""
+        """As in a table: `410 (300–560)`, `≥ 8.3 (95%: ≥ 6.1)`, `≤ 30 (95%: open)`, or `not to be told`."""
         if self.least == 0 and self.most == np.inf:
             return "not to be told"
         if self.known:
             return f"{_short(self.least)} ({_short(self.low)}–{_short(self.high)})"
         sign, bound, end = ("≥", self.least, self.low) if self.least else ("≤", self.most, self.high)
+        if end in (0, np.inf):
+            return f"{sign} {_short(bound)} (95%: open)"
         return f"{sign} {_short(bound)}" + ("" if end == bound else f" (95%: {sign} {_short(end)})")
 
 

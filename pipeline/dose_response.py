@@ -69,7 +69,7 @@ class Effect:
     """One arm under one attack.
 
     `lost`: points of zero-shot top-1, with its 95% interval. `cost`: core-seconds of the filter a million pairs.
-    `training`: seconds beyond those of a plain training, a million pairs.
+    `training`: core-seconds beyond those of a plain training, a million pairs.
     """
 
     attack: str
@@ -122,7 +122,7 @@ class Effect:
         low, high = self.lost[1:] if self.lost else (None, None)
         row |= {"utility_lost_points": self.lost[0] if self.lost else None, "utility_lost_low": low}
         row |= {"utility_lost_high": high, "utility_lost_against": self.lost_against}
-        row |= {"cpu_seconds_per_million": self.cost, "training_seconds_per_million": self.training}
+        row |= {"cpu_seconds_per_million": self.cost, "training_cpu_seconds_per_million": self.training}
         for name in ("middle", "slope", "lower", "upper"):
             row[f"curve_{name}"] = getattr(curve, name) if curve else None
         return row
@@ -241,19 +241,25 @@ def _lost(
     control = [*clean.values()] if without else none
     same = {(row["seed"], row["dose_ppm"]): row for row in control}
     by_seed: dict[int, list[tuple[float, float]]] = {}
+    had: list[float] = []
     for row in without or own:
         other = same.get((row["seed"], row["dose_ppm"]))
         if other is None or other is row or row.get(UTILITY) is None or other.get(UTILITY) is None:
             continue
         variance = sum(r[UTILITY] * (1 - r[UTILITY]) / max(r[f"{UTILITY}_n"] or 1, 1) for r in (row, other))
         by_seed.setdefault(row["seed"], []).append((100 * (other[UTILITY] - row[UTILITY]), 1e4 * variance))
-    return (mean_over_seeds(list(by_seed.values())), against) if by_seed else (None, against)
+        had.append(100 * other[UTILITY])
+    if not by_seed:
+        return None, against
+    lost, low, high = mean_over_seeds(list(by_seed.values()))
+    least, most = max(had) - 100, max(had)  # two seeds allow for anything, but not for losing what nobody had
+    return (lost, max(low, least), min(high, most)), against
 
 
 def _training(own: Sequence[Row], none: Sequence[Row]) -> float | None:
-    """Seconds of a defense beyond those of a plain training, a million pairs; of a repair all of them are beyond."""
-    plain, pairs = _mean(row.get("train_seconds") for row in none), _mean(row.get("samples") for row in none)
-    spent = _mean(row.get("train_seconds") for row in own)
+    """Core-seconds of a defense beyond a plain training, a million pairs; of a repair all of them are beyond."""
+    plain, pairs = _mean(row.get("train_cpu_seconds") for row in none), _mean(row.get("samples") for row in none)
+    spent = _mean(row.get("train_cpu_seconds") for row in own)
     defense = own[0].get("defense")
     if not defense or spent is None or plain is None or not pairs:
         return None
@@ -280,16 +286,18 @@ def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
         lines.append("|---" * (heads.count("|") + 1) + "|")
         for one in effects:
             cost = "–" if one.cost is None else f"{one.cost:,.0f}"
-            cost += "" if one.training is None else f" (training: {one.training:+,.0f} s)"
+            cost += "" if one.training is None else f" (training: {one.training:+,.0f})"
             pairs = f"{one.ed50.least * one.pairs_per_ppm:,.0f}" if one.ed50.known else one.said
             factor = "–" if one.protection is None else str(one.protection)
             lines.append(
                 f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost_text(one)} | {cost} "
                 f"| {len(one.trials.seeds)} | {int((one.trials.dose > 0).sum())} |"
             )
-        for against in (WITHOUT_POISON, SAME_DOSES):
-            if of := [named(one.label) for one in effects if one.lost and one.lost_against == against]:
-                lines += ["", f"Top-1 lost by {', '.join(of)} is against: {against}."]
+        losing = [one for one in effects if one.lost]
+        for against in dict.fromkeys(one.lost_against for one in losing):
+            of = [named(one.label) for one in losing if one.lost_against == against]
+            by = f" by {', '.join(of)}" if len(of) < len(losing) else ""
+            lines += ["", f"Top-1 lost{by} is against: {against}."]
         lines.append("")
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 

@@ -148,7 +148,7 @@ def _spec(value: str) -> "Markup":
     """A spec that breaks across lines where a reader would: after its bracket or between its parameters."""
     from markupsafe import Markup, escape
 
-    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\()(?!\))", visible(value)))
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\()(?!\))|(?<=_)", visible(value)))
 
 
 def _card(tile: Tile) -> dict[str, Any]:

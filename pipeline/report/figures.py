@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -41,6 +42,7 @@ MARGINS = 2.6  # inches of names and factors beside them
 ACROSS = 2  # panels
 HEIGHT = 1.9  # inches of the curves
 ROW = 0.15  # inches of an arm in the strip
+DECADE = 10.0  # an axis of less has no two numbers on it that are told apart
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -75,6 +77,7 @@ def dose_response_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None
                 if column < len(row):
                     named = column == 0 or [one.label for one in row[column]] != [one.label for one in row[0]]
                     _panel(axes[0, column], axes[1, column], row[column], looks, column == 0, named)
+                    axes[1, column].set_ylim(strip / ROW - 0.4, -0.8)  # lines as close as in the panel beside it
                 else:
                     for empty in axes[:, column]:
                         empty.set_axis_off()
@@ -86,9 +89,7 @@ def _panel(
 ) -> None:
     """Curves and strip of one attack; `named` where the names of its arms are not those of the panel to the left."""
     doses = np.concatenate([one.trials.doses for one in effects])
-    low, high = doses.min() / 1.25, doses.max() * 1.25
-    curves.set_xscale("log")
-    curves.set_xlim(low, high)
+    low, high = _logarithmic(curves.xaxis, doses.min() / 1.25, doses.max() * 1.25)
     curves.set_ylim(-0.02, 1.02)
     curves.axhline(0.5, color="#BBBBBB", lw=0.6, zorder=0)
     for place, one in enumerate(effects):
@@ -106,23 +107,33 @@ def _panel(
     if first:
         curves.set_ylabel("attack success")
     curves.tick_params(axis="x", labelbottom=False)
-    strip.set_ylim(len(effects) - 0.4, -0.8)
     strip.set_yticks(range(len(effects)), [_plain(one.label) if named else "" for one in effects])
     for tick, one in zip(strip.get_yticklabels(), effects, strict=True):
         tick.set_color(looks[one.label]["color"])
     strip.tick_params(axis="y", length=0)
     strip.spines["left"].set_visible(False)
-    strip.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0) if high / low < 300 else (1.0,)))
-    strip.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    strip.xaxis.set_minor_formatter(NullFormatter())
     strip.set_xlabel("dose, poisons per million pairs")
 
 
+def _logarithmic(axis: XAxis, low: float, high: float) -> tuple[float, float]:
+    """The ends of a log axis from `low` to `high`, a decade at least, with as many numbers as have room."""
+    wider = max(DECADE * low / high, 1.0) ** 0.5
+    low, high = low / wider, high * wider
+    axis.axes.set(xscale="log", xlim=(low, high))
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 3.0) if high / low < 300 else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
+    return low, high
+
+
 def _points(axes: Axes, one: "Effect", colour: str) -> None:
-    """Each dose: the mean over seeds, and the range of them; each seed a faint dot."""
+    """Each dose: the mean over seeds, and their range; each seed a faint dot. Dose 0 is a dash at the left end."""
     trials = one.trials
     rate = trials.k / np.maximum(trials.n, 1)
     above = trials.dose > 0
+    if not above.all():
+        clean = rate[~above].mean()
+        axes.plot([0, 0.03], [clean, clean], color=colour, lw=1.3, transform=axes.get_yaxis_transform(), zorder=3)
     axes.plot(trials.dose[above], rate[above], "o", ms=2, mfc="none", mec=colour, mew=0.5, alpha=0.6, zorder=2)
     for dose in trials.doses:
         seen = rate[trials.dose == dose]
@@ -176,9 +187,8 @@ def protection_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None:
                     _price(cost, one, looks[one.label]["color"], one.cost, one.cost, one.cost)
             lost.set_xlabel("zero-shot top-1 lost, points")
             cost.set_xlabel("core-seconds of the filter, per million pairs")
-            if any(one.cost for one in effects):
-                cost.set_xscale("log")
-                cost.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            if costs := [one.cost for one in effects if one.cost]:
+                _logarithmic(cost.xaxis, min(costs) / 1.25, max(costs) * 1.25)
             lost.set_yscale("log")
             lost.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
             lost.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))

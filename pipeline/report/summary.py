@@ -11,6 +11,7 @@ from pipeline.config import POOL, Config, Scores
 from pipeline.estimate import hours
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
+from pipeline.results import arm_key, labels
 from pipeline.scored import scores_folder
 from pipeline.shards import Rejected, Sample, list_shards, samples
 from pipeline.shards.store import write
@@ -138,12 +139,11 @@ def _sentences(arms: Rows) -> str:
 
 
 def _means(arms: Rows, measure: str) -> dict[str, float]:
-    """Mean over seeds of a measure, by arm (a detector at an epoch), without who was not asked."""
-    out: dict[str, list[float]] = {}
+    """Mean over seeds of a measure, by the arm's short name, without who was not asked."""
+    out, names = dict[str, list[float]](), labels(arms)
     for arm in arms:
-        name = f"{arm['arm']} at {arm['when']}" if arm["when"] else arm["arm"]
         if arm[measure] is not None:
-            out.setdefault(name, []).append(arm[measure])
+            out.setdefault(names[arm_key(arm)], []).append(arm[measure])
     return {name: float(np.mean(values)) for name, values in out.items()}
 
 

@@ -18,7 +18,7 @@ def arm(name: str, asr: float | None, when: str | None = "epoch 4") -> dict:
 
 def test_the_best_filter_is_no_control():
     said = verdict([arm("undefended", 0.9, None), arm("random", 0.88), arm("oracle", 0.0), arm("slof", 0.7)])
-    assert "best filter here, slof at epoch 4, leaves 70.0%; random removal leaves 88.0%" in said
+    assert "best filter here, slof, leaves 70.0%; random removal leaves 88.0%" in said
 
 
 def test_below_the_floor_nobody_is_credited():
@@ -31,4 +31,11 @@ def test_who_was_not_asked_did_not_fail():
     said = verdict([arm("undefended", None, None), arm("slof", None)])
     assert "asked of no image" in said and "0.0%" not in said and "not valid" not in said
     half = verdict([arm("undefended", 0.9, None), arm("undefended", None, None), arm("slof", None), arm("strip", 0.5)])
-    assert "90.0%" in half and "The best filter here, strip at epoch 4, leaves 50.0%" in half
+    assert "90.0%" in half and "The best filter here, strip, leaves 50.0%" in half
+
+
+def test_one_detector_at_two_budgets_is_two_filters():
+    budgets = [
+        arm("slof", asr) | {"policy": f"budget(detector='slof', drop={drop})"} for drop, asr in ((0.1, 0.8), (0.5, 0.2))
+    ]
+    assert "slof, 50% removed, leaves 20.0%" in verdict([arm("undefended", 0.9, None), *budgets])

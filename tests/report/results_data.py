@@ -10,6 +10,7 @@ from train.metrics import wilson
 
 PATCH, SIG, TARGETED = "patch(target='banana', size=48)", "sig(target='banana')", "targeted(target='banana', images=16)"
 PAIRS = 11_801
+DOSES = (0, 59, 118, 236, 354, 708, 1180)
 
 
 def filtered(detector: str, drop: float = 0.1, epoch: int = 4) -> dict:
@@ -34,7 +35,7 @@ ARMS: list[tuple[dict, float, float, float | None]] = [
 
 def rows(
     attacks: Mapping[str, float] = {PATCH: 20_000.0},  # its ED50 in ppm
-    doses: Sequence[int] = (0, 59, 118, 236, 354, 708, 1180),
+    doses: Sequence[int] = DOSES,
     seeds: Sequence[int] = (0, 1, 2),
     arms=ARMS,
     images: int = 1867,
@@ -56,7 +57,7 @@ def rows(
                     p = plateau / (1 + math.exp(-slope * (math.log(ppm) - own))) if dose else 0.0
                     row = {"attack": attack, "dose": dose, "dose_ppm": ppm, "seed": seed, "when": None}
                     row |= {"policy": None, "defense": None, "recipe": "fast", "recipe_digest": "r", "code": "c"}
-                    row |= {"samples": PAIRS, "train_seconds": 90.0 + 40 * (arm.get("defense") is not None)}
+                    row |= {"samples": PAIRS, "train_cpu_seconds": 90.0 + 40 * (arm.get("defense") is not None)}
                     row |= {"filter_cpu_seconds_per_million": cost, **arm}
                     row |= {"asr_text": None, "asr_text_n": None, "targeted_success": None, "targeted_success_n": None}
                     row |= measured(measure, rng.binomial(n, p), n)

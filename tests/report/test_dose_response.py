@@ -1,16 +1,19 @@
 """Tables and figures of dose–response, and the comparison of two results, from results.parquet alone."""
 
+import itertools
 import json
 import re
 
 import polars as pl
 import pytest
 import results_data as data
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pipeline import results
 from pipeline.compare import compare
-from pipeline.dose_response import dose_response
+from pipeline.dose_response import dose_response, responses
 from pipeline.errors import InputError
+from pipeline.report.figures import dose_response_figure, protection_figure
 
 FEW = [data.ARMS[0], data.ARMS[3], data.ARMS[6]]  # undefended, clip_score, roclip
 
@@ -37,7 +40,7 @@ def test_the_table_finds_what_the_curves_were_made_with(made):
         and "without poison" in roclip["utility_lost_against"]
     )
     assert score["cpu_seconds_per_million"] == 2295
-    assert roclip["training_seconds_per_million"] == pytest.approx(40 / data.PAIRS * 1e6)
+    assert roclip["training_cpu_seconds_per_million"] == pytest.approx(40 / data.PAIRS * 1e6)
     said = (made / "out/dose_response.md").read_text()
     assert "≥ " in said and "by targeted_success" in said and "code c: 126 rows" in said
     assert json.loads((made / "out/dose_response.json").read_text())["effects"][0]["images"] > 0
@@ -53,6 +56,25 @@ def test_figures_say_every_name_as_text_and_are_the_same_each_time(made, tmp_pat
     dose_response((file,), str(tmp_path / "out"))
     before, after = (pl.read_parquet(f / "out/dose_response.parquet").sort("attack", "label") for f in (made, tmp_path))
     assert before["ed50_ppm_low"].to_list() == pytest.approx(after["ed50_ppm_low"].to_list())
+
+
+@pytest.mark.parametrize("doses", [(354,), (0, 354, 360), data.DOSES])
+def test_numbers_on_an_axis_do_not_run_into_each_other(doses):
+    attacks, _ = responses(data.rows({data.PATCH: 20_000.0, data.SIG: 50_000.0}, doses=doses))
+    for figure in (dose_response_figure(attacks), protection_figure(attacks)):
+        FigureCanvasAgg(figure).draw()
+        for axis in (axes.xaxis for part in (figure, *figure.subfigs) for axes in part.axes):
+            low, high = axis.get_view_interval()
+            told = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [label.get_window_extent() for label in told if label.get_visible() and label.get_text()]
+            assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+            assert len(boxes) >= 2 or not boxes
+
+
+def test_two_seeds_lose_no_more_than_there_was():
+    effects = responses(data.rows(doses=(0, 118), seeds=(0, 1)))[0][0]
+    for _, low, high in (one.lost for one in effects if one.lost):
+        assert -100 <= low < high <= 20  # of 15% accuracy, give or take
 
 
 def test_random_removal_at_several_budgets_is_told_apart(tmp_path):
