@@ -77,7 +77,7 @@ def run(verb: str, arguments: list[str] | None = None) -> None:
         print(f"mithridate {verb}: {where}{error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print(f"mithridate {verb}: interrupted; what is written is whole, the same command goes on", file=sys.stderr)
+        print(f"mithridate {verb}: interrupted; what is written is whole, the same command finishes", file=sys.stderr)
         code = 130
     sys.exit(code)
 

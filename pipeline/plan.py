@@ -47,9 +47,9 @@ class Dose:
             else:
                 dose = cls(text, count=int(text))
         except ValueError:
-            raise InputError(f"--dose {text!r}: write a number of pairs (300), 100ppm or 1%") from None
+            raise InputError(f"dose {text!r}: write a number of pairs (300), 100ppm or 1%") from None
         if not 0 <= dose.share <= 1 or (dose.count or 0) < 0:
-            raise InputError(f"--dose {text!r}: between 0 and all pairs")
+            raise InputError(f"dose {text!r}: between 0 and all pairs")
         return dose
 
     def pairs(self, total: int) -> int:

@@ -78,8 +78,10 @@ def _poison(
     summary = {"job": "poison", "spec": facts, "poisoned": poisoned, "ppm": ppm, "ledger_sha256": digest}
     rows = [Row(m["output"], m["out"], m["output_bytes"], m["output_sha256"]) for m in markers]
     describe(out, rows, {**summary, "about": about})
-    where = ledger.ledger_path(out)
-    console.print(f"{poisoned:,} of {total:,} pairs poisoned ({ppm:,.0f} ppm) with {text}; ledger: {where}")
+    how = f"{poisoned:,} of {total:,} pairs poisoned ({ppm:,.0f} ppm) with {text}"
+    if not plan.chosen:
+        how = f"dose 0: {total:,} pairs as they were"
+    console.print(f"{how}; ledger: {ledger.ledger_path(out)}")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ def status(out: Out, /) -> int:
     if exists(join(out, SPEC)) and not exists(join(out, RUN)):
         return _training(out)
     if not exists(join(out, RUN)):
-        raise InputError(f"{join(out, RUN)}: no such file; is {out} the OUT of a job?")
+        raise InputError(
+            f"{join(out, RUN)}: no such file; is {out} the OUT of a job? Of a loop `mithridate loop CONFIG OUT "
+            "--dry-run` says what is left, of `updates` and `validate-attack` each folder in it is a training"
+        )
     try:
         run = json.loads(bytes(view(join(out, RUN))))
         total, expected = run["shards"], (run["job"], run["spec_digest"], run["code"])

@@ -58,7 +58,8 @@ def evaluate(
         seed: of the trigger, where it is random, and of the fine-tune.
         reference: clean labelled shards on which the readouts of SHARDS are fitted.
         labelled: further sets: digits, fashion_mnist, a folder of class-named folders or IDX files, labelled shards.
-        readouts: what is fitted on labelled images; probe takes minutes on large sets, finetune trains the image tower.
+        readouts: what is fitted on labelled images; probe takes minutes on large sets, finetune trains the image tower
+            for 500 steps.
         ledger: ledger.parquet of the poisoned shards; what the attack made or took lies beside it.
         uid: how a uid is derived where samples carry none.
     """

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipeline.draw import hash64
 from pipeline.errors import InputError
+from pipeline.progress import console
 from pipeline.shards import Rejected, Sample, Shard, UidRule, list_shards, samples
 from pipeline.shards.sample import IMAGE_SUFFIXES, uid_of
 from pipeline.shards.store import exists, is_folder, join
@@ -31,6 +32,7 @@ DEBIAN = "/usr/share/datasets/fashion-mnist"
 FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 NAMED = ("digits", "fashion_mnist")
 NAMES_FILE = "classnames.txt"  # as in CLIP_benchmark's webdatasets, so that those can be given as they are
+SHOWN = 8  # labels that a message names
 REPORTED = 5  # one in so many
 SIDE = 64  # the least side of a picture that is stored as numbers
 MAX_IDX_BYTES = 4 * 1024**3
@@ -115,8 +117,12 @@ def _of(where: str, parts: Sequence[_Part], names: tuple[str, ...], mirror: bool
         raise InputError(f"{where}: two classes differ in capitals or spaces only; rename or join them")
     if all(label.isdecimal() for label in labels) and not all(key(label) in index for label in labels):
         index = {str(i): i for i in range(len(classes))}
-    if not any(key(label) in index for label in labels):
+    unknown = [label for label in labels if key(label) not in index]
+    if len(unknown) == len(labels):
         raise InputError(f"{where}: the labels there are neither names in {NAMES_FILE} nor their numbers")
+    if unknown:
+        shown = ", ".join(unknown[:SHOWN]) + (", …" if len(unknown) > SHOWN else "")
+        console.print(f"{where}: labels that are not in {NAMES_FILE}, so of no class: {shown}")
 
     def images(part: _Part, keep: Callable[[Sample], bool]) -> Images:
         return lambda: ((sample, index.get(key(text), -1)) for sample, text in part.images() if keep(sample))
@@ -141,6 +147,8 @@ def _part(where: str, uid: UidRule) -> _Part:
     files = [(p.name, file) for p in folders for file in sorted(p.iterdir()) if _is_image(file)]
     if not files:
         return _shards_part(list_shards(where), uid)
+    if empty := {folder.name for folder in folders if folder.name[0] != "."} - {label for label, _ in files}:
+        console.print(f"{where}: folders without an image, so no classes: {', '.join(sorted(empty)[:SHOWN])}")
 
     def images() -> Iterator[tuple[Sample, str]]:
         for label, file in files:

@@ -34,6 +34,12 @@ from train.recipes import recipe_of
 if TYPE_CHECKING:
     from train.trainer import Task
 
+DIGESTS = {
+    "shards_digest": "of other shards",
+    "recipe_digest": "by other settings of the recipe",
+    "init": "from another --init",
+    "validation": "with other --validation",
+}
 RESTARTS = 5  # of all workers after one of them died; each goes on from the last state
 
 
@@ -192,9 +198,10 @@ def finished(task: "Task") -> bool:
         found: dict[str, Any] = json.loads(bytes(view(file)))
     except ValueError as error:
         raise InputError(f"{file}: not readable ({error}); remove the folder and train again") from error
-    other = [f"{k} {found.get(k)!r} there, {v!r} here" for k, v in task.spec.items() if found.get(k) != v]
-    if other:
-        raise InputError(f"{task.out}: holds another training ({'; '.join(other)}); choose another folder")
+    differ = [name for name, here in task.spec.items() if found.get(name) != here]
+    if differ:
+        told = [DIGESTS.get(name, f"{name} {found.get(name)!r} there, {task.spec[name]!r} here") for name in differ]
+        raise InputError(f"{task.out}: holds another training ({'; '.join(told)}); choose another folder")
     return bool(found.get("done"))
 
 

@@ -133,11 +133,18 @@ def test_labels_in_shards_name_the_classes(tmp_path: Path) -> None:
     check_split(found, 40)
 
 
-def test_a_label_that_is_no_class_is_counted_as_unlabelled(tmp_path: Path) -> None:
+def test_a_label_that_is_no_class_is_named_and_counted_as_unlabelled(tmp_path: Path, capsys) -> None:
     (tmp_path / "classnames.txt").write_text("Dog\ncat\n")
     found = labelled_set(str(shards(tmp_path, ["dog", "cat", "??"] * 10)))
+    assert "of no class: ??" in capsys.readouterr().err
     both = listed(found.train) + listed(found.test)
     assert sorted(label for _, label in both) == [-1] * 10 + [0] * 10 + [1] * 10
+
+
+def test_a_folder_without_an_image_is_no_class_and_named(tmp_path: Path, capsys) -> None:
+    (folders(tmp_path / "set", 5) / "puce").mkdir()
+    assert "puce" not in labelled_set(str(tmp_path / "set")).classes
+    assert "so no classes: puce" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
