@@ -52,7 +52,7 @@ def _success(found: Sequence[Row], seeds: int) -> str:
     for row in found:
         name, value = judged(row)
         rates.append((float(value or 0), float(row[f"{name}_low"]), float(row[f"{name}_high"])))
-    return _cell(rates) + (f", {len(rates)} seed{'s' * (len(rates) > 1)}" if len(rates) < seeds else "")
+    return _cell(rates) + (f", {len(rates)} seed{'s' * (len(rates) > 1)}" if 0 < len(rates) < seeds else "")
 
 
 def _mean(found: Sequence[Row], name: str) -> str:
