@@ -56,7 +56,8 @@ class Batch:
     published_similarity: float32[n]; hash_agrees: float32[n], 1 where the published hash is that of the stored image, 0
     where it is not, NaN where there is none.
 
-    No columns: `drawn`, and `found`, the neighbours that `filters._knn` has found for these rows.
+    No columns: `drawn`; `found`, the neighbours that `filters._knn` has found for these rows, and `asked`, those that
+    were asked of it.
     """
 
     uid: np.ndarray
@@ -82,6 +83,7 @@ class Batch:
     hash_agrees: np.ndarray = field(default_factory=_absent)
     drawn: Drawn = Drawn()
     found: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    asked: set[Any] = field(default_factory=set, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -92,7 +94,7 @@ class Batch:
         return Batch(**{name: values[rows] if len(values) else values for name, values in columns.items()})
 
 
-COLUMNS = tuple(f.name for f in fields(Batch) if f.name not in ("drawn", "found"))
+COLUMNS = tuple(f.name for f in fields(Batch) if f.name not in ("drawn", "found", "asked"))
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ Trade-off: no index. A block of queries against a pool of up to 100k rows is one
 remembered, with the batch, for the others. Where a task was given a GPU it searches there, and always the whole pool.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,13 +108,28 @@ def recall(queries: Batch, pool: Batch, rows: np.ndarray, wanted: Search) -> tup
 
 def searches(queries: Batch, pool: Batch) -> dict[Search, Found]:
     """What was found for these rows in this pool."""
-    return {wanted: (distance, index) for wanted, (where, distance, index) in queries.found.items() if where is pool}
+    return {wanted: (distance, index) for wanted, (where, distance, index, _) in queries.found.items() if where is pool}
 
 
-def remember(queries: Batch, pool: Batch | None, found: dict[Search, Found]) -> None:
-    """What was found elsewhere for these very rows in this pool; None: for the rows of a pool in itself."""
+def remember(
+    queries: Batch, pool: Batch | None, found: dict[Search, Found], took: Mapping[Search, Sequence[float]] | None = None
+) -> None:
+    """What was found elsewhere for these very rows in this pool; None: for the rows of a pool in itself.
+
+    `took`: what each search had cost, as of `clock`.
+    """
     for wanted, (distance, index) in found.items():
-        queries.found[wanted] = (pool, distance, index)
+        queries.found[wanted] = (pool, distance, index, np.asarray((took or {}).get(wanted, (0.0, 0.0))))
+
+
+def clock() -> np.ndarray:
+    """float[2]: seconds by the clock, and of all cores that this process used."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def cost(batch: Batch, searches: Iterable[Hashable]) -> np.ndarray:
+    """What these searches for the rows of a batch took, as of `clock`; of one that was not made, nothing."""
+    return np.sum([np.zeros(2), *(batch.found[what][3] for what in searches if what in batch.found)], axis=0)
 
 
 def _near(queries: Batch, pool: Batch, wanted: Search, k: int, exact: bool = False) -> Found:
@@ -149,13 +165,14 @@ def _once(batch: Batch, what: Search | InBlocks, pool: Batch | None, find: Calla
     The largest k of the run is found at once, so that no detector's search is made again for the next one.
     """
     known = batch.found.get(what)
+    batch.asked.add(what)
     if known is None or known[0] is not pool or known[1].shape[1] < k:
-        wanted = max(k, (pool or batch).drawn.k)
+        wanted, begin = max(k, (pool or batch).drawn.k), clock()
         try:
-            known = (pool, *find(wanted))
+            distance, index = find(wanted)
         except ValueError:  # too few rows for another detector, but perhaps not for this one
             if wanted == k:
                 raise
-            known = (pool, *find(k))
-        batch.found[what] = known
+            distance, index = find(k)
+        known = batch.found[what] = (pool, distance, index, clock() - begin)
     return known[1][:, :k], known[2][:, :k]

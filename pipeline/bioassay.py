@@ -47,8 +47,13 @@ class Trials:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, float, int, int]]) -> "Trials":
-        """From (seed, dose, k, n) in any order; runs without images tell nothing and are left out."""
-        kept = sorted(row for row in rows if row[3] > 0)
+        """From (seed, dose, k, n) in any order.
+
+        Runs without images tell nothing and are left out, and so is dose 0 of a seed that has no other: it would be in
+        the estimate, and in no draw of its seeds.
+        """
+        asked = {seed for seed, dose, _, n in rows if dose > 0 and n > 0}
+        kept = sorted(row for row in rows if row[3] > 0 and row[0] in asked)
         seed, dose, k, n = (np.array(column) for column in zip(*kept, strict=True)) if kept else (np.empty(0),) * 4
         return cls(seed.astype(np.int64), dose.astype(np.float64), k.astype(np.int64), n.astype(np.int64))
 
@@ -133,7 +138,8 @@ def protection(arm: Trials, undefended: Trials, draws: int = DRAWS) -> Estimate:
     seeds = undefended.seeds
     if not seeds or arm.seeds != seeds:
         return UNKNOWN
-    (point, replicates), (against, theirs) = (_ed50s(trials, seeds, draws) for trials in (arm, undefended))
+    point, replicates = _ed50s(arm, seeds, draws, stream=1)
+    against, theirs = _ed50s(undefended, seeds, draws)
     ratio = _log(point) - _log(against[::-1])
     if np.isinf(ratio).all():
         return UNKNOWN
@@ -162,8 +168,11 @@ def mean_over_seeds(values: Sequence[Sequence[tuple[float, float]]]) -> tuple[fl
 
 
 @lru_cache(maxsize=256)
-def _ed50s(trials: Trials, seeds: tuple[int, ...], draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """The estimate [2] and its bootstrap [draws, 2], each as (least, most); seeds are drawn the same for every arm."""
+def _ed50s(trials: Trials, seeds: tuple[int, ...], draws: int, stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The estimate [2] and its bootstrap [draws, 2], each as (least, most); seeds are drawn the same for every arm.
+
+    Images are drawn by `stream`, another for an arm than for what it is compared with.
+    """
     of_seed = [np.flatnonzero(trials.seed == seed) for seed in seeds]
     width = max(map(len, of_seed))
     place = np.zeros((len(seeds), width), np.int64)
@@ -172,7 +181,7 @@ def _ed50s(trials: Trials, seeds: tuple[int, ...], draws: int) -> tuple[np.ndarr
         place[row, : len(found)], there[row, : len(found)] = found, True
     drawn = np.random.default_rng([len(seeds), 1]).integers(len(seeds), size=(draws, len(seeds)))
     rows, present = place[drawn].reshape(draws, -1), there[drawn].reshape(draws, -1)
-    rng = np.random.default_rng([len(trials.k), int(trials.k.sum()), 2])
+    rng = np.random.default_rng([stream, 2])
     n = np.where(present, trials.n[rows], 0)
     k = rng.binomial(n, (trials.k / trials.n)[rows])
     ends = (float(trials.doses[0]), float(trials.doses[-1]))

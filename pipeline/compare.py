@@ -25,7 +25,7 @@ KINDS = {
     "audit.json": "pipeline.audits._compare:compare_audits",
 }
 MEASURED = ("success", "zeroshot_top1", "knn_top1")
-Group = tuple[str, int, ArmKey]
+Group = tuple[str, str, ArmKey]
 
 
 def compare(
@@ -68,11 +68,11 @@ def compare_results(before: str, after: str) -> str:
         cells = [_difference(a, b, measure) for measure in MEASURED]
         shown = " → ".join(_percent(_mean(rows, MEASURED[0])) for rows in (a, b))
         label = named(names[group[2]])
-        lines.append(f"| {code(group[0])} | {group[1]:,} | {label} | {shown} | {' | '.join(cells)} | {len(seeds)} |")
+        lines.append(f"| {code(group[0])} | {group[1]} | {label} | {shown} | {' | '.join(cells)} | {len(seeds)} |")
     lines.append("")
     for where, mine, other in (("A", one, two), ("B", two, one)):
         for group in (group for group in mine if group not in other):
-            lines.append(f"- only in {where}: {code(group[0])}, {group[1]:,} ppm, {named(names[group[2]])}")
+            lines.append(f"- only in {where}: {code(group[0])}, {group[1]} ppm, {named(names[group[2]])}")
     if not {*one} & {*two}:
         lines.append("- nothing is in both")
     for where, rows in (("A", old), ("B", new)):
@@ -87,8 +87,13 @@ def compare_results(before: str, after: str) -> str:
 def _grouped(rows: Sequence[Row]) -> dict[Group, list[Row]]:
     found: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["attack"], round(row["dose_ppm"]), results.arm_key(row)), []).append(row)
+        found.setdefault((row["attack"], _ppm(row["dose_ppm"]), results.arm_key(row)), []).append(row)
     return found
+
+
+def _ppm(dose: float) -> str:
+    """To four figures: of two datasets the same share is seldom the same number. A dose above 0 is never called 0."""
+    return f"{round(dose):,}" if dose >= 1000 else f"{dose:.4g}"
 
 
 def _value(row: Row, measure: str) -> tuple[float | None, int]:

@@ -24,11 +24,6 @@ class Adaptive:
     text: str
     grid: tuple[str, ...]
 
-    @property
-    def steps(self) -> int:
-        """The most runs that one search takes."""
-        return 1 + math.ceil(math.log2(len(self.grid)))
-
     @classmethod
     def parse(cls, text: str) -> "Adaptive | None":
         """None of a plain dose. Raises InputError where the call is not one that can be searched."""
@@ -49,8 +44,15 @@ class Adaptive:
             raise InputError(f"{text}: 0 < low < high, and factor above 1")
         parts = math.ceil(math.log(ends[1] / ends[0]) / math.log(factor) - 1e-9)
         doses = (ends[0] * (ends[1] / ends[0]) ** (i / parts) for i in range(parts + 1))
-        unit = "ppm" if low.count is None else ""
-        return cls(text, tuple(dict.fromkeys(f"{round(dose)}{unit}" for dose in doses)))
+        if low.count is not None:
+            return cls(text, tuple(dict.fromkeys(f"{round(dose)}" for dose in doses)))
+        return cls(text, tuple(f"{_four_figures(dose)}ppm" for dose in doses))
+
+
+def _four_figures(dose: float) -> str:
+    """At least, and no exponent: 0.4, 67.08, 120000."""
+    said = f"{dose:.{max(0, 3 - math.floor(math.log10(dose)))}f}"
+    return said.rstrip("0").rstrip(".") if "." in said else said
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Search:
 
     grid: tuple[str, ...]
     below: int = -1
-    above: int = field(default=-1)
+    above: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.above = len(self.grid)

@@ -9,6 +9,7 @@ many models' memory. On a cluster, submit a config for each seed into the same O
 those runs done (a bisection may add the arms of a seed with which the attack fails) and makes the table.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ from pipeline.shards import list_shards
 from pipeline.shards.store import make_folder
 from train.results import judged
 
-Made = tuple[Run, dict[str, Any]]
+Made = tuple[Run, Arm, dict[str, Any]]
 
 
 def loop(
@@ -67,16 +68,18 @@ def loop(
             f"{max_hours:g}; take fewer attacks, doses, arms or seeds, or a larger --max-hours"
         )
     make_folder(str(folder))
-    made: list[Made] = []
+    before = _kept(plan, folder)  # a loop that is started again and stopped soon has no fewer rows than it had
+    made: dict[tuple[Run, Arm], dict[str, Any]] = {}
     with Board(cost) as board:
-        for one in _made(plan, folder, board):
-            made.append(one)
-            write_rows(folder / FILE, [row for _, row in made])
-    arms = [row for _, row in made]
+        for run, arm, row in _made(plan, folder, board):
+            made[run, arm] = row
+            write_rows(folder / FILE, [*(before | made).values()])
+    arms = [*made.values()]
+    write_rows(folder / FILE, arms)
     _say_mixed(arms)
     runs = list(dict.fromkeys(run for run, _ in made))
     for run in runs:
-        if not run.scored and run.watchable:  # no arm asked for it, or it was added to the config
+        if run.watchable and (run.compares or not run.scored):  # no arm asked for it, or it was added to the config
             run.score()
     runs = [run for run in runs if run.scored]
     runs.sort(key=lambda run: run.clean)  # the report shows pictures of the first
@@ -100,7 +103,7 @@ def _made(plan: Config, out: Path, board: Board) -> Iterator[Made]:
                 continue
             for seed in plan.seeds:
                 run = Run(plan, attack, dose, seed, out)
-                yield from ((run, board.row(run, arm)) for arm in arms)
+                yield from ((run, arm, board.row(run, arm)) for arm in arms)
 
 
 def _bisected(plan: Config, attack: str, search: Adaptive, out: Path, board: Board, arms: list[Arm]) -> Iterator[Made]:
@@ -118,7 +121,7 @@ def _bisected(plan: Config, attack: str, search: Adaptive, out: Path, board: Boa
             run = Run(plan, attack, dose, seed, out)
             row = board.row(run, arm)
             states[seed, arm].tell(dose, judged(row)[1])
-            yield run, row
+            yield run, arm, row
 
     for seed in plan.seeds:
         while dose := states[seed, UNDEFENDED].next:
@@ -131,6 +134,12 @@ def _bisected(plan: Config, attack: str, search: Adaptive, out: Path, board: Boa
             if arm.watches:
                 yield from told(dose, seed, UNDEFENDED)
             yield from told(dose, seed, arm)
+
+
+def _kept(plan: Config, out: Path) -> dict[tuple[Run, Arm], dict[str, Any]]:
+    """The rows that are there, by run and arm."""
+    asked = ((run, arm) for run in runs_of(plan, out) for arm in arms_of(plan))
+    return {(run, arm): row for run, arm in asked if (row := run.kept(arm))}
 
 
 def _dearest(plan: Config, out: Path) -> list[Run]:
@@ -161,6 +170,9 @@ def _check(plan: Config) -> None:
 
     if empty := [name for name in ("attacks", "doses", "seeds") if not getattr(plan, name)]:
         raise InputError(f"nothing to run: no {', no '.join(empty)}")
+    for name in ("attacks", "doses", "seeds", "filters", "defenses"):
+        if twice := [one for one, n in Counter(getattr(plan, name)).items() if n > 1]:
+            raise InputError(f"{name}: {twice[0]} is there twice; a run counts once")
     recipe = recipe_of(plan.recipe)
     for shards in (plan.shards, plan.evaluation, plan.reference or plan.shards):
         list_shards(shards)

@@ -16,7 +16,7 @@ import numpy as np
 
 import filters
 from filters._batch import Batch
-from filters._knn import Search, recall, remember, searches
+from filters._knn import Search, cost, recall, remember, searches
 from pipeline import sidecars, spec
 from pipeline.errors import InputError
 from pipeline.shards.store import exists, join
@@ -45,16 +45,17 @@ class Neighbours:
             facts = json.loads((table.schema.metadata or {})[b"mithridate"])
             if table.column("uid").to_pylist() != batch.uid.tolist():
                 return NOTHING
-            found, counted = {}, {}
+            found, counted, took = {}, {}, {}
             for told in facts:
                 search = Search(told["column"], tuple(told["among"]), told["cosine"])
                 if told["of"] == self._of(search, pool):
                     distance, row = (sidecars.matrix(table.column(f"{search} {what}")) for what in ("distance", "row"))
                     if distance.shape[1] >= pool.drawn.k:
                         found[search], counted[search] = (distance, row.astype(np.int64)), told["recall"]
+                        took[search] = told["seconds"]
         except (InputError, KeyError, ValueError, TypeError, AttributeError):  # of another version, or not ours
             return NOTHING
-        remember(batch, pool, found)
+        remember(batch, pool, found, took)
         return Known({search: distance.shape[1] for search, (distance, _) in found.items()}, counted)
 
     def save(self, batch: Batch, pool: Batch, known: "Known") -> tuple[int, int]:
@@ -75,7 +76,8 @@ class Neighbours:
         for search, (distance, row) in found.items():
             columns[f"{search} distance"] = sidecars.fixed(distance.astype(np.float32))
             columns[f"{search} row"] = sidecars.fixed(row.astype(np.int32))
-            facts.append({**search._asdict(), "of": self._of(search, pool), "recall": counted[search]})
+            told = {"of": self._of(search, pool), "recall": counted[search], "seconds": cost(batch, [search]).tolist()}
+            facts.append(search._asdict() | told)
         table = pa.table(columns).replace_schema_metadata({"mithridate": json.dumps(facts)})
         sidecars.save(self.path, table, compression="none", use_dictionary=False)
         return hits, of

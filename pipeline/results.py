@@ -23,7 +23,7 @@ ARM = ("arm", "when", "policy", "defense", "detectors")  # what tells one arm fr
 DATA = {"recipe_digest": "recipes", "dataset_digest": "datasets", "evaluation_digest": "evaluations"}
 MEASURED = (*SUCCESS, "zeroshot_top1", "knn_top1")  # rates that verbs look at, each with its n
 TEXTS = ("attack", *ARM, "recipe", "code", *DATA)
-NUMBERS = ("dose_ppm", "samples", "train_seconds", "filter_cpu_seconds_per_million")
+NUMBERS = ("dose_ppm", "samples", "train_cpu_seconds", "filter_cpu_seconds_per_million")
 Row = dict[str, Any]
 ArmKey = tuple[str, str | None, str | None, str | None, str | None]
 
@@ -112,9 +112,9 @@ def versions(rows: Sequence[Row]) -> list[str]:
 
 
 def several(rows: Iterable[Row]) -> list[str]:
-    """What of DATA the rows have several of; what earlier code did not tell is taken to be the same."""
-    told = [row | {"recipe_digest": row.get("recipe_digest") or row.get("recipe")} for row in rows]
-    return [called for name, called in DATA.items() if len({row[name] for row in told if row.get(name)}) > 1]
+    """What of DATA the rows have several of; what a row does not tell is taken to be the same."""
+    there = list(rows)
+    return [called for name, called in DATA.items() if len({row[name] for row in there if row.get(name)}) > 1]
 
 
 def _short(key: ArmKey) -> str:

@@ -11,7 +11,7 @@ is asked apart.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipeline.poison import poison
 from pipeline.policies._select import column
 from pipeline.progress import run_stage
 from pipeline.quality import quality
-from pipeline.score import read_scores, score, scores_path
+from pipeline.score import read_scores, score, scored_by, scores_path
 from pipeline.scored import scores_folder
 from pipeline.shard_map import code_digest
 from pipeline.shards import list_shards
@@ -116,6 +116,11 @@ class Run:
         )
 
     @property
+    def compares(self) -> bool:
+        """Whether some detector sees two epochs: its scores are of what stands before it in the config now."""
+        return any(len(self._looks(scores.epoch, scores.detectors)) > 1 for scores in self.plan.scores)
+
+    @property
     def watchable(self) -> bool:
         """Whether the undefended models are there that the config's scores look through."""
         return all(Path(self._checkpoint(scores.epoch)).exists() for scores in self.plan.scores)
@@ -127,10 +132,10 @@ class Run:
     def score(self) -> None:
         """Embed and score at every epoch that the config names."""
         for scores in self.plan.scores:
-            needs = set(Wants.of(*(spec.parse("detectors", text) for text in scores.detectors)).needs)
-            earlier = self.plan.earlier(scores.epoch) if needs & set(EARLIER) else None
-            looked = {scores.epoch} if needs & {*EMBEDDED, *EARLIER} else set()
-            for epoch in sorted(looked | ({earlier} if earlier else set())):
+            asked = [spec.text(spec.parse("detectors", text)) for text in scores.detectors]
+            detectors = dict.fromkeys([*asked, *scored_by(self.scores_of(scores))])  # another config's stay
+            looked = self._looks(scores.epoch, detectors)
+            for epoch in looked:
                 checkpoint = self._checkpoint(epoch)
                 embeddings = self._embeddings(epoch)
                 self._stage(f"embed epoch {epoch}", embed, self.poisoned, embeddings, checkpoint=checkpoint)
@@ -139,9 +144,9 @@ class Run:
                 score,
                 self.poisoned,
                 self.scores_of(scores),
-                detector=scores.detectors,
+                detector=tuple(detectors),
                 embeddings=self._embeddings(scores.epoch),
-                earlier=self._embeddings(earlier) if earlier else None,
+                earlier=self._embeddings(looked[0]) if len(looked) > 1 else None,
                 pool=scores.pool,
                 traces=str(self.folder / "undefended" / "traces"),
                 seed=self.seed,
@@ -177,7 +182,7 @@ class Run:
         rows = []
         for scores in self.plan.scores:
             found, poisoned = self.scores_and_truth(scores)
-            seconds = _marker_seconds(self.scores_of(scores), self.plan.shards)
+            seconds, _ = self._spent(self.scores_of(scores))
             for name in (n for n in found if n != "uid"):
                 row = self._common() | {"detector": name, "when": scores.when, "pool": scores.pool}
                 row |= quality(found[name], found["uid"], poisoned)
@@ -233,29 +238,23 @@ class Run:
         row |= {"removed_share": None if removed is None else removed / max(pairs, 1)}
         row |= {"poisons_in": about["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
         row["train_cpu_seconds"] = facts["cpu_seconds"]
-        row |= self._cost(arm.filter, pairs)
+        row |= self._cost(arm, pairs)
         row |= {"recipe_digest": facts["recipe_digest"], "code": source_digest(), **self._made_of(arm)}
         return row | json.loads((result / "evaluation.json").read_text())["metrics"]
 
-    def _cost(self, arm: Filter | None, pairs: int) -> dict[str, float | None]:
-        """Worker seconds of embedding, of its detectors, and of rewriting; not of training the scoring model."""
-        if arm is None:
+    def _cost(self, arm: Arm, pairs: int) -> dict[str, float | None]:
+        """Seconds of workers, and of their cores: embedding, its detectors, rewriting; not the scoring model."""
+        if not arm.filter:
             return {"filter_seconds": None, "filter_cpu_seconds_per_million": None}
-        spent = {
-            f"{scores_folder(epoch)}:{name}": value
-            for epoch in arm.epochs
-            for name, value in _marker_seconds(self._scores(epoch), self.plan.shards).items()
-            if name not in ("read", "compute", "write", "total", "cpu")
-        }
-        names = {column(spent, detector) for detector in read_by(arm.policy)}
-        seconds = cpu = sum(spent[name] for name in names)
-        stages = [str(self.folder / Arm("", filter=arm).folder)]
-        for epoch in arm.epochs:
-            read = [name.partition(":")[2] for name in names if name.startswith(f"{scores_folder(epoch)}:")]
-            if any(set(EMBEDDED) & set(spec.parse("detectors", name).needs) for name in read):
-                stages.append(self._embeddings(epoch))
+        seconds = cpu = 0.0
+        stages = {str(self.folder / arm.folder)}
+        for epoch, detectors in self._read(arm).items():
+            by_clock, of_cores = self._spent(self._scores(epoch))
+            seconds += sum(by_clock[name] for name in detectors)
+            cpu += sum(of_cores[name] for name in detectors)
+            stages |= set(map(self._embeddings, self._looks(epoch, detectors)))
         for stage in stages:
-            took = _marker_seconds(stage, self.plan.shards)
+            took = _summed(marker["seconds"] for marker in self._markers(stage))
             seconds, cpu = seconds + took["total"], cpu + took["cpu"]
         return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
 
@@ -263,22 +262,41 @@ class Run:
         """Bound to what is evaluated on, to what a filter reads, and to all inputs as they are now."""
         plan = self.plan
         facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
-        more = (self._columns(arm), [stamp(path) for path in self._others(arm)], _by_content(arm.defense))
+        looked = [self._looks(epoch, detectors) for epoch, detectors in self._read(arm).items()]
+        more = (self._columns(arm), looked, [stamp(path) for path in self._others(arm)], _by_content(arm.defense))
         return self.folder / arm.folder / f"row-{spec.digest([*facts, *more])}.json"
 
     def _made_of(self, arm: Arm) -> dict[str, Any]:
         """What tells results apart that are called the same: data, and detectors with all their parameters."""
         return {"detectors": ", ".join(self._columns(arm)) or None, **_data(self.plan)}
 
+    def _read(self, arm: Arm) -> dict[int, list[str]]:
+        """By epoch, the detectors whose scores a filter reads."""
+        if not arm.filter:
+            return {}
+        there = columns_of(self.plan, arm.filter.epochs)
+        names = sorted({column(there, detector) for detector in read_by(arm.filter.policy)})
+        by_folder = {scores_folder(epoch): epoch for epoch in arm.filter.epochs}
+        found: dict[int, list[str]] = {}
+        for folder, _, detector in (name.partition(":") for name in names):
+            found.setdefault(by_folder[folder], []).append(detector)
+        return found
+
     def _columns(self, arm: Arm) -> list[str]:
         """The columns of scores that a filter reads."""
-        there = columns_of(self.plan, arm.filter.epochs) if arm.filter else []
-        return sorted({column(there, detector) for detector in read_by(arm.filter.policy)}) if arm.filter else []
+        return [f"{scores_folder(epoch)}:{name}" for epoch, names in self._read(arm).items() for name in names]
+
+    def _looks(self, epoch: int, detectors: Collection[str]) -> tuple[int, ...]:
+        """The epochs whose embeddings these detectors are given; the one that they score is the last."""
+        needs = set(Wants.of(*(spec.parse("detectors", text) for text in detectors)).needs)
+        if needs & set(EARLIER) and (earlier := self.plan.earlier(epoch)):
+            return (earlier, epoch)
+        return (epoch,) if needs & set(EMBEDDED) else ()
 
     def _others(self, arm: Arm) -> list[str]:
         """Files that are read besides the shards, the evaluation's and the classes."""
         reference = [shard.path for shard in list_shards(self.plan.reference)] if self.plan.reference else []
-        detectors = [spec.parse("detectors", name.partition(":")[2]) for name in self._columns(arm)]
+        detectors = (spec.parse("detectors", name) for names in self._read(arm).values() for name in names)
         own = sorted(Wants.of(*detectors).files)
         return [*reference, *spec.parse("attacks", self.attack).inputs(), *own]
 
@@ -302,6 +320,17 @@ class Run:
 
     def _scores(self, epoch: int) -> str:
         return str(self.folder / scores_folder(epoch))
+
+    def _markers(self, folder: str) -> list[dict[str, Any]]:
+        """Of a job over all shards, one each."""
+        shards = list_shards(self.plan.shards)
+        return [json.loads(Path(folder, f"{shard.name}.stats.json").read_text()) for shard in shards]
+
+    def _spent(self, scores: str) -> tuple[dict[str, float], dict[str, float]]:
+        """By detector, seconds of workers and of cores."""
+        markers = self._markers(scores)
+        cores = _summed(marker["facts"]["core_seconds"] for marker in markers)
+        return _summed(marker["seconds"] for marker in markers), cores
 
     def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
         about = f"  ({self.attack}, dose {self.dose}, seed {self.seed})"
@@ -372,10 +401,9 @@ def _scored(folder: str, shards: str) -> set[str]:
     return set.intersection(*({*pq.read_schema(path).names} for path in paths))
 
 
-def _marker_seconds(folder: str, shards: str) -> dict[str, float]:
-    """Seconds of a job by what they were spent on, summed over its markers."""
+def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for shard in list_shards(shards):
-        for name, seconds in json.loads((Path(folder) / f"{shard.name}.stats.json").read_text())["seconds"].items():
-            total[name] = total.get(name, 0.0) + seconds
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
     return total

@@ -6,7 +6,6 @@ The pool's size is part of a density detector's meaning and is recorded with the
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from filters._batch import Batch, Drawn
+from filters._knn import clock, cost
 from filters._wants import Wants
 from pipeline import sidecars, spec
 from pipeline.arguments import Out, Shards, at_least_one
@@ -159,16 +159,20 @@ def read_scores(path: str) -> dict[str, np.ndarray]:
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def _refuse_to_drop(out: str, names: Sequence[str]) -> None:
-    """Raises InputError where OUT has scores of detectors that are not named now: hours may be in them."""
+def scored_by(out: str) -> list[str]:
+    """The detectors that OUT has scores of."""
     run = join(out, RUN)
     if not exists(run) or not glob(join(out, "*.scores.parquet")):
-        return
+        return []
     try:
-        before = json.loads(bytes(view(run)))["spec"]["detectors"]
+        return list(json.loads(bytes(view(run)))["spec"]["detectors"])
     except (ValueError, KeyError, TypeError):
-        return
-    if gone := [name for name in before if name not in names]:
+        return []
+
+
+def _refuse_to_drop(out: str, names: Sequence[str]) -> None:
+    """Raises InputError where OUT has scores of detectors that are not named now: hours may be in them."""
+    if gone := [name for name in scored_by(out) if name not in names]:
         raise InputError(
             f"{out} has scores of {', '.join(gone)}, which this run would drop: name them too (what is the same is "
             "taken over), or choose another folder, since `filter --scores A B` reads several"
@@ -241,32 +245,38 @@ class _Score:
             before = near.load(batch, pool)
         columns: dict[str, np.ndarray] = {}
         of: dict[str, str] = {}
+        took: dict[str, list[float]] = {}
         for entry in self.entries:
-            clock, name = time.perf_counter(), spec.text(entry)
+            name = spec.text(entry)
             of[name] = self._of(entry, sha256, stamps, pool)
             if made.of.get(name) == of[name]:
-                columns[name] = made.columns[name]
+                columns[name], took[name] = made.columns[name], made.took[name]
             elif len(batch):
-                columns[name] = self._scored(entry, shard, batch, pool, summaries)
+                columns[name], took[name] = self._scored(entry, shard, batch, pool, summaries)
             else:
-                columns[name] = np.empty(0, np.float32)
-            counts.seconds[name] = time.perf_counter() - clock
+                columns[name], took[name] = np.empty(0, np.float32), [0.0, 0.0]
         recall = near.save(batch, pool, before) if pool is not None else (0, 0)
         unscored = {name: int(np.isnan(values).sum()) for name, values in columns.items()}
+        counts.seconds |= {name: seconds for name, (seconds, _) in took.items()}
         counts.facts = {"unscored": unscored, "models": models, "recall": recall}
+        counts.facts["core_seconds"] = {name: seconds for name, (_, seconds) in took.items()}
         counts.facts["range"] = {
             name: [float(np.nanmin(v)), float(np.nanmax(v))] for name, v in columns.items() if unscored[name] < len(v)
         }
-        _write(path, batch.uid, columns, {**self.facts, "of": of})
+        _write(path, batch.uid, columns, {**self.facts, "of": of, "took": took})
         return counts
 
     def _scored(
         self, entry: Any, shard: Shard, batch: Batch, pool: Batch | None, summaries: dict[str, Any]
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, list[float]]:
+        """Scores, and what they cost as of `clock`: what another detector had searched counts as if it were alone."""
         name = spec.text(entry)
         summary = (summaries[name],) if name in summaries else ()
+        there, begin = {*batch.found}, clock()
+        batch.asked.clear()
         try:
-            return np.asarray(entry.score(batch, pool, *summary), np.float32)
+            scores = np.asarray(entry.score(batch, pool, *summary), np.float32)
+            return scores, (clock() - begin + cost(batch, there & batch.asked)).tolist()
         except ValueError as error:  # too few rows to have k neighbours among
             raise InputError(
                 f"{shard.path}: {name}: {error}; `mithridate compact` joins small shards, and reference='pool' asks "
@@ -286,21 +296,26 @@ class _Score:
 
 @dataclass(frozen=True)
 class _Made:
-    """The columns of an earlier run, and of each what it was made of."""
+    """The columns of an earlier run, and of each what it was made of, and what it took."""
 
     of: dict[str, str]
     columns: dict[str, np.ndarray]
+    took: dict[str, list[float]]
+
+
+NOTHING = _Made({}, {}, {})
 
 
 def _made(path: str) -> _Made:
     if not exists(path):
-        return _Made({}, {})
+        return NOTHING
     try:
         table = sidecars.read(path, ("uid",), "")
-        of = json.loads((table.schema.metadata or {})[b"mithridate"])["of"]
-        return _Made(of, {name: table.column(name).to_numpy(zero_copy_only=False) for name in of})
+        facts = json.loads((table.schema.metadata or {})[b"mithridate"])
+        columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in facts["of"]}
+        return _Made(facts["of"], columns, {name: facts["took"][name] for name in columns})
     except (InputError, ValueError, KeyError, TypeError):  # of another version, or cut off
-        return _Made({}, {})
+        return NOTHING
 
 
 def _write(path: str, who: np.ndarray, columns: dict[str, np.ndarray], facts: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pipeline.bioassay import stretch
 from pipeline.errors import InputError
 from pipeline.progress import run_stage
 from pipeline.shards import UidRule, list_shards
-from pipeline.shards.store import make_folder, whole, write
+from pipeline.shards.store import make_folder, stamp, whole, write
 from train.evaluate import evaluate
 from train.labels import read_classes
 from train.launch import final_checkpoint, train
@@ -71,6 +71,8 @@ def updates(
     spec.parse("defenses", update)
     spec.parse("attacks", attack)
     measured = {"shards": evaluation, "classes": classes, "attack": attack, "reference": reference, "ledger": ledger}
+    files = [classes, *(shard.path for where in filter(None, (evaluation, reference)) for shard in list_shards(where))]
+    read = [stamp(path) for path in [*files, *([ledger] if ledger else [])]]
     rows = []
     for seed in seeds:
         init = None
@@ -81,7 +83,7 @@ def updates(
             options = common | {"recipe": recipe, "init": init, "defense": update if number else None}
             run_stage("updates", f"train {number}", stage, train, one, str(folder), **options)
             init = final_checkpoint(str(folder))
-            results = folder / f"evaluation-{spec.digest(measured)}"
+            results = folder / f"evaluation-{spec.digest([measured, read])}"
             if not (results / "evaluation.json").exists():
                 about = f"evaluate {number}"
                 run_stage("updates", about, stage, evaluate, init, str(results), **measured, **common)

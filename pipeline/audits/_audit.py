@@ -7,6 +7,7 @@ when `report` gets the marks of all shards. So a dataset of any size is counted 
 may be a finding is counted exactly. `empty() -> S` is for an audit that has something to say where there is no pair.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,11 +78,18 @@ def marks(rows: Rows, at: np.ndarray, kind: str, group: Iterable[str], **more: A
             "uid": pl.Series(rows.uid[at], dtype=pl.String),
             "shard": pl.Series([rows.shard] * len(at), dtype=pl.String),
             "kind": pl.Series([kind] * len(at), dtype=pl.String),
-            "group": pl.Series(list(group), dtype=pl.String),
+            "group": pl.Series(map(_named, group), dtype=pl.String),
             "caption": pl.Series([text and text[:CAPTION] for text in captions], dtype=pl.String),
             **more,
         }
     )
+
+
+def _named(group: str) -> str:
+    """A long one (a caption may be a page) cut, with what tells it from others that begin so."""
+    if len(group) <= CAPTION:
+        return group
+    return f"{group[:CAPTION]}… {hashlib.sha256(group.encode(errors='replace')).hexdigest()[:12]}"
 
 
 def groups(marked: Marks, kind: str, least: float) -> pl.DataFrame:

@@ -11,7 +11,7 @@ Source: Wenger et al., NeurIPS 2022 Datasets and Benchmarks, "Natural Backdoor D
 import collections
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ from pipeline.audits._schema import Unseen
 if TYPE_CHECKING:
     import networkx
 
+READ = 512  # characters of a caption: CLIP reads 77 tokens, and a crawl's longest are pages
 DRAWN = 100_000  # captions that the graph is made of: of a word in 0.1% of all a hundred
 WORDS = 300  # nodes: the commonest; betweenness costs nodes times edges
 OVERLAPS = 15  # captions with both words, as in the paper
@@ -46,7 +47,9 @@ class triggers:
     needs = ("caption",)
 
     def map(self, rows: Rows) -> Drawn:
-        return Drawn.of(rows, ("caption",), DRAWN, present(rows.caption))
+        drawn = Drawn.of(rows, ("caption",), DRAWN, present(rows.caption))
+        cut = np.array([text[:READ] for text in drawn.columns["caption"]], object)
+        return replace(drawn, columns={"caption": cut})
 
     def merge(self, one: Drawn, other: Drawn) -> Drawn:
         return one.merged(other)

@@ -124,6 +124,22 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     assert held / rounds >= 0.87
 
 
+def test_dose_zero_of_a_seed_that_has_no_other_tells_nothing():
+    """A loop that is not finished has dose 0 of every seed first."""
+    some = trials(20_000, spread=0.1, rng=np.random.default_rng(0))
+    rows = list(zip(some.seed, some.dose, some.k, some.n, strict=True))
+    assert ed50(Trials.of([*rows, (3, 0.0, 200, 1867)])) == ed50(some)
+
+
+def test_images_of_two_arms_are_drawn_apart_however_alike_their_counts_are():
+    rows = [(seed, dose, k, 100) for seed in range(3) for dose, k in zip(DOSES, (2, 10, 45, 80, 95, 99), strict=True)]
+    one = Trials.of(rows)
+    moved = Trials.of([(seed, dose, k + (dose == DOSES[1]) - (dose == DOSES[4]), n) for seed, dose, k, n in rows])
+    more = Trials.of([(seed, dose, k + (dose == DOSES[1]), n) for seed, dose, k, n in rows])
+    widths = [np.log(found.high / found.low) for found in (protection(arm, one) for arm in (one, moved, more))]
+    assert min(widths) > 0.8 * max(widths) > 0.02
+
+
 def test_one_seed_is_over_images_only():
     alone, together = (mean_over_seeds(values) for values in ([[(1.0, 0.04)]], [[(1.0, 0.04)], [(3.0, 0.04)]]))
     assert alone[0] == 1.0 and alone[2] - alone[1] == pytest.approx(2 * 1.96 * 0.2, rel=0.1)

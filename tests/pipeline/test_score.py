@@ -137,6 +137,26 @@ def test_scores_and_the_pool_do_not_depend_on_the_sharding(tmp_path):
     assert results[0][1]["pool"] == 50
 
 
+def test_a_detector_costs_the_same_whoever_asked_before(tmp_path):
+    """Scores and neighbours that are there already are cheap to take over, and were not cheap to make."""
+    folder, out = shards(tmp_path / "in", pairs(0, 60), 60), tmp_path / "s"
+    embedded = embed(folder, tmp_path / "e", "9")
+
+    def spent(*detectors: str) -> tuple[dict[str, float], dict[str, float]]:
+        assert score(str(folder), str(out), detector=detectors, embeddings=embedded, pool=40) == 0
+        marker = json.loads(next(out.glob("*.stats.json")).read_text())
+        return marker["seconds"], marker["facts"]["core_seconds"]
+
+    alone = spent("kdist(k=7, reference='pool')")
+    both = spent("kdist(k=7, reference='pool')", "slof(k=7)")
+    for before, after in zip(alone, both, strict=True):
+        first, second = (name for name in after if name.startswith(("kdist", "slof")))
+        assert before[first] == after[first] > 0
+    table = pq.read_table(next(out.glob("*.neighbours.parquet")))
+    search = sum(found["seconds"][0] for found in json.loads(table.schema.metadata[b"mithridate"]))
+    assert search > 0 and min(both[0][first], both[0][second]) > search
+
+
 def test_one_more_detector_takes_the_neighbours_that_others_have_found(tmp_path):
     folder, out = shards(tmp_path / "in", pairs(0, 60), 20), tmp_path / "s"
     embedded = embed(folder, tmp_path / "e", "9")

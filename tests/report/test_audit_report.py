@@ -144,7 +144,9 @@ def test_what_is_selected_becomes_a_list_that_listed_takes(page, tmp_path, monke
     scores = detector.score(Batch(uid=who), None)
     assert scores.tolist() == [1.0] * 55 + [0.0] * 5
     filtered, filtering = arguments(command.split("&&")[1])
-    assert (score[:3], filtered[:3]) == (["mithridate", "score", data.REMOVAL.where],) * 2 or filtered[1] == "filter"
+    assert [word[:3] for word in (score, filtered)] == [
+        ["mithridate", verb, data.REMOVAL.where] for verb in ("score", "filter")
+    ]
     assert filtering["--scores"] == [score[3]]
     policy = spec.parse("policies", filtering["--policy"][0])
     columns = {"uid": who, f"{Path(score[3]).name}:{spec.text(detector)}": scores}

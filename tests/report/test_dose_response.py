@@ -51,6 +51,9 @@ def test_figures_say_every_name_as_text_and_are_the_same_each_time(made, tmp_pat
         svg = (made / f"out/{name}.svg").read_text()
         assert all(f">{arm}<" in svg for arm in ("clip_score", "roclip")) and data.PATCH.split("(")[0] in svg
         assert (made / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
+    dose_response((str(made / "results.parquet"),), str(tmp_path / "again"))
+    for name in ("dose_response.svg", "dose_response.png", "protection.svg", "protection.png"):
+        assert (made / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     rows = pl.read_parquet(made / "results.parquet").sample(fraction=1.0, shuffle=True, seed=0).to_dicts()
     file = data.write(tmp_path / "shuffled.parquet", sorted(rows, key=lambda row: row["arm"] != "undefended"))
     dose_response((file,), str(tmp_path / "out"))
@@ -167,7 +170,8 @@ def test_bad_results_are_told_in_one_line(tmp_path):
         with pytest.raises(InputError, match=told):
             dose_response(files, str(tmp_path / "out"))
     mixed = data.write(tmp_path / "mixed.parquet", [row | {"code": "d", "seed": 8} for row in rows])
-    assert dose_response((whole, whole, mixed), str(tmp_path / "out")) == 0  # the same run twice is one
+    silent = data.write(tmp_path / "silent.parquet", [row | {"recipe_digest": None, "seed": 9} for row in rows])
+    assert dose_response((whole, whole, mixed, silent), str(tmp_path / "out")) == 0  # the same run twice is one
     said = (tmp_path / "out/dose_response.md").read_text()
     assert "mixed code versions" in said and "code d: 1 rows" in said
 
@@ -210,6 +214,8 @@ def test_what_results_are_called_reaches_a_terminal_as_text(tmp_path, capsys):
         ({"asr_text_n": 0.5}, "asr_text_n must be whole numbers"),
         ({"zeroshot_top1_n": "7"}, "zeroshot_top1_n must be whole numbers"),
         ({"dose_ppm": float("inf")}, "dose_ppm must be finite"),
+        ({"train_cpu_seconds": float("nan")}, "train_cpu_seconds must be finite"),
+        ({"train_cpu_seconds": "long"}, "train_cpu_seconds must be numbers"),
         ({"seed": None}, "in every row"),
     ],
 )
@@ -217,6 +223,18 @@ def test_results_of_other_types_are_refused_in_one_line(tmp_path, changed, told)
     rows = [row | changed for row in data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))]
     with pytest.raises(InputError, match=told):
         results.read(data.write(tmp_path / "r.parquet", rows))
+
+
+def test_compare_keeps_a_few_in_ten_millions_and_none_apart(tmp_path, capsys):
+    rows = [
+        row | {"dose": dose, "dose_ppm": dose / 12} | data.measured("asr_text", 1800 * bool(dose), 1867)
+        for dose in (0, 3)
+        for row in data.rows(arms=FEW[:1], seeds=(0,), doses=(118,))
+    ]
+    file = data.write(tmp_path / "r.parquet", rows)
+    assert compare(file, file) == 0
+    said = capsys.readouterr().out
+    assert "| 0 | undefended | 0.0% → 0.0%" in said and "| 0.25 | undefended | 96.4% → 96.4%" in said
 
 
 def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):

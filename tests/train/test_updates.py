@@ -59,7 +59,7 @@ def test_a_chain_of_trainings(shapes: Callable[..., Path], tiny: str, tmp_path: 
     (tmp_path / "classes.txt").write_text("circle\nsquare\nbar\n")
     options: dict[str, Any] = {
         "shards": (str(tmp_path / "poisoned"), str(shapes(48, 2, 1)), str(shapes(48, 2, 2))),
-        "evaluation": str(shapes(40, 1, 3)),
+        "evaluation": str(shutil.copytree(shapes(40, 1, 3), tmp_path / "evaluation")),
         "classes": str(tmp_path / "classes.txt"),
         "attack": "patch(target='circle', size=64)",
         "recipe": tiny,
@@ -81,3 +81,8 @@ def test_a_chain_of_trainings(shapes: Callable[..., Path], tiny: str, tmp_path: 
     assert capsys.readouterr().err.count("done already") == 2
     with pytest.raises(InputError, match="no sequence"):
         updates(str(tmp_path / "out"), **(options | {"shards": options["shards"][:1]}))
+    kept = [sorted(folder.glob("evaluation-*")) for folder in chain]
+    shutil.copy(shapes(40, 1, 4) / "00000000.tar", tmp_path / "evaluation" / "00000000.tar")
+    assert updates(str(tmp_path / "out"), **options) == 0  # the same names, other pictures
+    more = [set(folder.glob("evaluation-*")) - set(there) for folder, there in zip(chain, kept, strict=True)]
+    assert [*map(len, more)] == [1, 1, 1]
