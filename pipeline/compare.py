@@ -12,10 +12,11 @@ from typing import Annotated
 import tyro
 
 from pipeline import results
+from pipeline.arms import ArmKey, labels
 from pipeline.bioassay import mean_over_seeds
 from pipeline.errors import InputError
 from pipeline.report.text import code, named
-from pipeline.results import ArmKey, Row
+from pipeline.results import Row
 from train.metrics import Z95, Rate, newcombe, wilson
 from train.results import judged
 
@@ -58,7 +59,7 @@ def _kind(where: str) -> str:
 def compare_results(before: str, after: str) -> str:
     """Differences B - A of attack success and accuracy, arm by arm, of the seeds that both have."""
     old, new = results.read(before), results.read(after)
-    names = results.labels([*old, *new])
+    names = labels([*old, *new])
     one, two = _grouped(old), _grouped(new)
     heads = ["attack", "poisons, ppm", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -87,7 +88,7 @@ def compare_results(before: str, after: str) -> str:
 def _grouped(rows: Sequence[Row]) -> dict[Group, list[Row]]:
     found: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["attack"], _ppm(row["dose_ppm"]), results.arm_key(row)), []).append(row)
+        found.setdefault((row["attack"], _ppm(row["dose_ppm"]), ArmKey.of(row)), []).append(row)
     return found
 
 

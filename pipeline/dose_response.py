@@ -15,15 +15,15 @@ import tyro
 
 from pipeline import results, spec
 from pipeline.arguments import Out
+from pipeline.arms import UNDEFENDED, ArmKey, labels
 from pipeline.bioassay import UNKNOWN, Curve, Estimate, Trials, ed50, fit, mean_over_seeds, protection
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.report.text import code, named
-from pipeline.results import ArmKey, Row
+from pipeline.results import Row
 from pipeline.shards.store import make_folder, write
 from train.results import SUCCESS
 
-UNDEFENDED = "undefended"
 UTILITY = "zeroshot_top1"
 FEW = 3  # seeds
 WITHOUT_POISON, SAME_DOSES = "undefended, both without poison", "undefended at the same doses"
@@ -95,7 +95,7 @@ class Effect:
     @cached_property
     def protection(self) -> Estimate | None:
         """None of the undefended arm itself."""
-        return protection(self.trials, self.against) if self.key[0] != UNDEFENDED else None
+        return protection(self.trials, self.against) if self.key.kind != UNDEFENDED else None
 
     @property
     def said(self) -> str:
@@ -110,7 +110,7 @@ class Effect:
     def record(self) -> Row:
         """A row of dose_response.parquet; open ends of intervals are null."""
         doses, curve = self.trials.doses, self.curve
-        row: Row = {"attack": self.attack, **dict(zip(results.ARM, self.key, strict=True)), "label": self.label}
+        row: Row = {"attack": self.attack, **self.key._asdict(), "label": self.label}
         row |= {"measure": self.measure, "runs": len(self.trials.dose), "seeds": len(self.trials.seeds)}
         row |= {"images": int(self.trials.n.sum()), "doses": len(doses)}
         row |= {"lowest_ppm": float(doses[0]) if len(doses) else None}
@@ -146,7 +146,7 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     found: dict[tuple[Any, ...], Row] = {}
     for path, table in tables.items():
         for row in table:
-            key = (row["attack"], row["dose_ppm"], row["seed"], results.arm_key(row))
+            key = (row["attack"], row["dose_ppm"], row["seed"], ArmKey.of(row))
             if key in found and any(found[key].get(name) != row.get(name) for name in (*SUCCESS, UTILITY)):
                 raise InputError(
                     f"{path}: {code(row['attack'])}, {row['dose']} poisons, seed {row['seed']}, {named(row['arm'])} is "
@@ -162,7 +162,7 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
 
 def responses(rows: Sequence[Row]) -> tuple[list[list[Effect]], list[str]]:
     """The effects of each attack, undefended first, and what a reader has to be told of them."""
-    names, notes = results.labels(rows), list[str]()
+    names, notes = labels(rows), list[str]()
     return [_attack(attack, rows, names, notes) for attack in dict.fromkeys(row["attack"] for row in rows)], notes
 
 
@@ -175,16 +175,14 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
     measure = measure or SUCCESS[0]
     clean = {row["seed"]: row for row in mine if row["dose"] == 0 and row["arm"] == UNDEFENDED}
     none = [row for row in mine if row["arm"] == UNDEFENDED]
-    keys = sorted(
-        {results.arm_key(row) for row in mine}, key=lambda key: (key[0] != UNDEFENDED, list(names).index(key))
-    )
+    keys = sorted({ArmKey.of(row) for row in mine}, key=lambda key: (key.kind != UNDEFENDED, list(names).index(key)))
     undefended = _trials(none, measure)
     effects = []
     for key in keys:
-        own = [row for row in mine if results.arm_key(row) == key]
+        own = [row for row in mine if ArmKey.of(row) == key]
         # a model that nobody poisoned tells the lower end; of the arm's own, or else of none
         control = [] if any(row["dose"] == 0 for row in own) else list(clean.values())
-        trials = undefended if key[0] == UNDEFENDED else _trials([*own, *control], measure)
+        trials = undefended if key.kind == UNDEFENDED else _trials([*own, *control], measure)
         lost, lost_against = _lost(own, clean, none)
         per_ppm = next((row["dose"] / row["dose_ppm"] for row in mine if row["dose_ppm"]), 0.0)
         cost, training = _mean(row.get("filter_cpu_seconds_per_million") for row in own), _training(own, none)
@@ -207,8 +205,8 @@ def _about_seeds(attack: str, effects: Sequence[Effect]) -> Iterator[str]:
     for one in effects:
         if len(one.trials.doses) and (seeds := len(one.trials.seeds)) < FEW:
             few.setdefault(seeds, []).append(one.label)
-    for seeds, labels in few.items():
-        who = "" if len(labels) == len(effects) else f" of {', '.join(map(named, labels))}"
+    for seeds, theirs in few.items():
+        who = "" if len(arms) == len(effects) else f" of {', '.join(map(named, arms))}"
         only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
         yield f"{code(attack)}: {seeds} seed{'s' * (seeds != 1)}{who}: {only}."
     for one in effects:

@@ -1,14 +1,14 @@
-"""`results.parquet` of a loop, read as hostile input and with what a reader wants to call its arms.
+"""`results.parquet` of a loop, read as hostile input.
 
 Trade-off: rows are read whole, since a table of runs is small; what is in none of the columns that a verb needs is not
 looked at.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import spec
+from pipeline.arms import ArmKey
 from pipeline.errors import InputError
 from pipeline.report.text import named
 from pipeline.shards.store import whole
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 FILE = "results.parquet"
 NEEDED = ("attack", "dose", "dose_ppm", "seed", "arm", "zeroshot_top1", "zeroshot_top1_n")
-ARM = ("arm", "when", "policy", "defense", "detectors")  # what tells one arm from another
 DATA = {"recipe_digest": "recipes", "dataset_digest": "datasets", "evaluation_digest": "evaluations"}
 MEASURED = (*SUCCESS, "zeroshot_top1", "knn_top1")  # rates that verbs look at, each with its n
-TEXTS = ("attack", *ARM, "recipe", "code", *DATA)
+TEXTS = ("attack", *ArmKey._fields, "recipe", "code", *DATA)
 NUMBERS = ("dose_ppm", "samples", "train_cpu_seconds", "filter_cpu_seconds_per_million")
 Row = dict[str, Any]
-ArmKey = tuple[str, str | None, str | None, str | None, str | None]
 
 
 def read(where: str) -> list[Row]:
@@ -76,30 +74,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         pl.DataFrame(rows, infer_schema_length=None).write_parquet(file)
 
 
-def arm_key(row: Row) -> ArmKey:
-    return row["arm"], row.get("when"), row.get("policy"), row.get("defense"), row.get("detectors")
-
-
-def labels(rows: Iterable[Row]) -> dict[ArmKey, str]:
-    """A short name for each arm: what it needs to be told from the others, and no more."""
-    keys = list(dict.fromkeys(map(arm_key, rows)))
-    short = {key: _short(key) for key in keys}
-    told: Sequence[Callable[[ArmKey], str]] = (
-        _removed,
-        lambda key: key[1] or "",
-        lambda key: key[2] or key[3] or "",
-        lambda key: key[4] or "",
-    )
-    for add in told:
-        differ: dict[str, set[str]] = {}
-        for key, name in short.items():
-            differ.setdefault(name, set()).add(add(key))
-        short = {
-            key: f"{name}, {add(key)}" if len(differ[name]) > 1 and add(key) else name for key, name in short.items()
-        }
-    return short
-
-
 def versions(rows: Sequence[Row]) -> list[str]:
     """Recipes, data and code digests of the rows, with how many there are of each."""
     found: dict[str, int] = {}
@@ -115,23 +89,3 @@ def several(rows: Iterable[Row]) -> list[str]:
     """What of DATA the rows have several of; what a row does not tell is taken to be the same."""
     there = list(rows)
     return [called for name, called in DATA.items() if len({row[name] for row in there if row.get(name)}) > 1]
-
-
-def _short(key: ArmKey) -> str:
-    name, _, policy, _, _ = key
-    try:
-        called, given = spec.parse_call(name)
-    except InputError:
-        return name
-    if policy == name and "detectors" in given:
-        return f"{called} of {len(given['detectors'])}"
-    return name.removesuffix("()")
-
-
-def _removed(key: ArmKey) -> str:
-    """Of a policy that removes a share."""
-    try:
-        drop = spec.parse_call(key[2] or "")[1].get("drop")
-    except InputError:
-        return ""
-    return f"{100 * drop:g}% removed" if isinstance(drop, int | float) else ""

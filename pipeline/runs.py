@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from filters._wants import Wants
-from pipeline import ledger, spec
+from pipeline import arms, ledger, spec
 from pipeline.config import POOL, Config, Filter, Scores
 from pipeline.embed import embed
 from pipeline.filter import filter_shards
@@ -51,7 +51,7 @@ class Arm:
     def folder(self) -> str:
         if self.filter:
             return f"filter-{spec.digest([self.filter.policy, self.filter.epoch])}"
-        return f"defense-{spec.digest(self.defense)}" if self.defense else "undefended"
+        return f"defense-{spec.digest(self.defense)}" if self.defense else arms.UNDEFENDED
 
     @property
     def watches(self) -> bool:
@@ -59,7 +59,7 @@ class Arm:
         return bool(self.filter) or bool(self.defense and spec.parse("defenses", self.defense).needs_init)
 
 
-UNDEFENDED = Arm("undefended")
+UNDEFENDED = Arm(arms.UNDEFENDED)
 
 
 def arms_of(plan: Config) -> list[Arm]:
@@ -148,7 +148,7 @@ class Run:
                 embeddings=self._embeddings(scores.epoch),
                 earlier=self._embeddings(looked[0]) if len(looked) > 1 else None,
                 pool=scores.pool,
-                traces=str(self.folder / "undefended" / "traces"),
+                traces=str(self.folder / UNDEFENDED.folder / "traces"),
                 seed=self.seed,
             )
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from pipeline.arms import UNDEFENDED
 from pipeline.report.text import one_line
 
 if TYPE_CHECKING:
@@ -245,9 +246,9 @@ def _looks(effects: Sequence["Effect"]) -> dict[str, dict[str, Any]]:
     for one in effects:
         if one.label in looks:
             continue
-        if one.key[0] == "undefended":
+        if one.key.kind == UNDEFENDED:
             looks[one.label] = {"color": PLAIN, "ls": "-"}
-        elif one.key[0].startswith("random"):
+        elif one.key.kind == "control":
             looks[one.label] = {"color": CONTROL, "ls": DASHES[controls % len(DASHES)]}
             controls += 1
         else:

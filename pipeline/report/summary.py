@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import ledger, report, spec
+from pipeline.arms import UNDEFENDED, ArmKey, is_control, labels
 from pipeline.config import POOL, Config, Scores
 from pipeline.estimate import hours
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
-from pipeline.results import arm_key, labels
 from pipeline.scored import scores_folder
 from pipeline.shards import Rejected, Sample, list_shards, samples
 from pipeline.shards.store import write
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 TILES = 24
 VALID_ASR = 0.6  # below it the attack itself has failed and no filter can be credited
 DOSES = 3  # from so many on, the page tells how much poison an attack takes
-CONTROLS = ("random", "oracle")
 Rows = list[dict[str, Any]]
 
 
@@ -71,7 +70,7 @@ def verdict(arms: Rows, responses: "Sequence[Sequence[Effect]]" = ()) -> str:
     An attack with a dose-response is told by that: its doses may be those at which it works half of the time.
     """
     told = {effects[0].attack: _of_doses(effects) for effects in responses}
-    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms if a["arm"] == "undefended" and a["dose"])
+    groups = dict.fromkeys((a["attack"], a["dose"]) for a in arms if a["arm"] == UNDEFENDED and a["dose"])
     if not groups:
         return "Nothing is poisoned here: what counts is what each filter costs."
     alone = [group for group in groups if group[0] not in told]
@@ -86,15 +85,17 @@ def _of_doses(effects: "Sequence[Effect]") -> str:
     if none.said != "reached":
         return f"Undefended, {name!r}: half success is {none.said} ({none.ed50} ppm)."
     said = f"Undefended, {name!r} succeeds half of the time at {none.ed50} ppm."
-    factors = {one.label: one.protection for one in effects[1:] if one.protection and one.protection.least}
-    tried = {label: factor for label, factor in factors.items() if not label.startswith(CONTROLS)}
+    factors = {one.key: one.protection for one in effects[1:] if one.protection and one.protection.least}
+    tried = {key: factor for key, factor in factors.items() if key.kind != "control"}
     if not tried:
         return said
-    best = max(tried, key=lambda label: tried[label].least)
-    control = next(
-        (f"; random removal has {factor}" for label, factor in factors.items() if label.startswith("random")), ""
-    )
-    return f"{said} The highest protection factor is that of {best}, {tried[best]}{control}."
+    best, names = max(tried, key=lambda key: tried[key].least), {one.key: one.label for one in effects}
+    control = next((f"; random removal has {factor}" for key, factor in factors.items() if _at_random(key)), "")
+    return f"{said} The highest protection factor is that of {names[best]}, {tried[best]}{control}."
+
+
+def _at_random(arm: ArmKey) -> bool:
+    return arm.arm.partition("(")[0] == "random"
 
 
 def _shown_response(effects: "Sequence[Effect]") -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _shown_response(effects: "Sequence[Effect]") -> dict[str, Any]:
 def _sentences(arms: Rows) -> str:
     success = next((name for name in SUCCESS if any(arm.get(name) is not None for arm in arms)), SUCCESS[0])
     asr, accuracy = _means(arms, success), _means(arms, "zeroshot_top1")
-    undefended = asr.get("undefended")
+    undefended = asr.get(ArmKey(UNDEFENDED))
     attack, dose, ppm = spec.parse_call(arms[0]["attack"])[0], arms[0]["dose"], arms[0]["dose_ppm"]
     start = f"Undefended, {dose:,} poisons of {attack!r} ({ppm:,.0f} ppm)"
     if undefended is None:
@@ -126,25 +127,26 @@ def _sentences(arms: Rows) -> str:
     start += f" reach an attack success rate of {undefended:.1%}."
     if undefended < VALID_ASR:
         return f"{start} Below {VALID_ASR:.0%} the attack is not valid: no filter is credited for its failure."
-    filters = {name: rate for name, rate in asr.items() if not name.startswith(("undefended", *CONTROLS))}
-    if not filters:
+    tried = {key: rate for key, rate in asr.items() if key.kind in ("filter", "defense")}
+    if not tried:
         return start
-    best = min(filters, key=lambda name: filters[name])
-    control = next((f"; random removal leaves {rate:.1%}" for n, rate in asr.items() if n.startswith("random")), "")
-    kind = "filter or defense" if any(arm.get("defense") for arm in arms) else "filter"
-    said = f"{start} The best {kind} here, {best}, leaves {filters[best]:.1%}{control}."
-    if best in accuracy and "undefended" in accuracy:
-        said += f" It changes zero-shot accuracy by {100 * (accuracy[best] - accuracy['undefended']):+.1f} points."
+    best = min(tried, key=lambda key: tried[key])
+    control = next((f"; random removal leaves {rate:.1%}" for key, rate in asr.items() if _at_random(key)), "")
+    kind = "filter or defense" if any(key.kind == "defense" for key in tried) else "filter"
+    said = f"{start} The best {kind} here, {labels(arms)[best]}, leaves {tried[best]:.1%}{control}."
+    if best in accuracy and ArmKey(UNDEFENDED) in accuracy:
+        more = accuracy[best] - accuracy[ArmKey(UNDEFENDED)]
+        said += f" It changes zero-shot accuracy by {100 * more:+.1f} points."
     return said
 
 
-def _means(arms: Rows, measure: str) -> dict[str, float]:
-    """Mean over seeds of a measure, by the arm's short name, without who was not asked."""
-    out, names = dict[str, list[float]](), labels(arms)
+def _means(arms: Rows, measure: str) -> dict[ArmKey, float]:
+    """Mean over seeds of a measure, without who was not asked."""
+    out: dict[ArmKey, list[float]] = {}
     for arm in arms:
         if arm[measure] is not None:
-            out.setdefault(names[arm_key(arm)], []).append(arm[measure])
-    return {name: float(np.mean(values)) for name, values in out.items()}
+            out.setdefault(ArmKey.of(arm), []).append(arm[measure])
+    return {key: float(np.mean(values)) for key, values in out.items()}
 
 
 def _facts(plan: Config, arms: Rows) -> dict[str, str]:
@@ -179,14 +181,14 @@ def _shown(plan: Config) -> list[tuple[Scores, str]]:
             for name in (spec.text(spec.parse("detectors", text)) for text in scored.detectors)
         }
         named += [there[column(there, name)] for name in spec.parse("policies", arm.policy).detectors]
-    return [pair for pair in dict.fromkeys(named) if pair[1].split("(")[0] not in CONTROLS]
+    return [pair for pair in dict.fromkeys(named) if not is_control(pair[1])]
 
 
 def _histograms(plan: Config, run: "Run") -> list[report.Separation]:
     out = []
     for scored in plan.scores:
         found, poisoned = run.scores_and_truth(scored)
-        for name in (n for n in found if n != "uid" and n.split("(")[0] not in CONTROLS):
+        for name in (n for n in found if n != "uid" and not is_control(n)):
             out.append(report.Separation(name, scored.when, found[name][~poisoned], found[name][poisoned]))
     return out
 

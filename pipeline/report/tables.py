@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.arms import UNDEFENDED, ArmKey, is_control
 from pipeline.report.text import one_line
 
 if TYPE_CHECKING:
     import polars as pl
 
-BASELINES = ("undefended", "random", "oracle")
 BUDGETS = {"recall_at_1": 1, "recall_at_5": 5, "recall_at_10": 10}  # percent removed
 
 # Measure -> its heading and whether a high value is the attacker's win.
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def baseline(self) -> bool:
-        return _is_baseline(self.name)
+        return self.name == UNDEFENDED or is_control(self.name)
 
 
 @dataclass
@@ -111,11 +111,11 @@ def arm_groups(arms: "pl.DataFrame") -> list[Group]:
     recipes = {run.get("recipe") for run in runs}
     for (attack, dose), of_dose in _grouped(runs, "attack", "dose"):
         group = Group(one_line(str(attack)) if attack else "", _dose(dose, _mean(of_dose, "dose_ppm")))
-        undefended = {m: r.value for m, r in _rates([r for r in of_dose if r.get("arm") == "undefended"]).items()}
+        undefended = {m: r.value for m, r in _rates([r for r in of_dose if ArmKey.of(r).kind == UNDEFENDED]).items()}
         for (arm, when, policy, recipe), same in _grouped(of_dose, "arm", "when", "policy", "recipe"):
             twins = [run for run in of_dose if run.get("arm") == arm]
             told_apart = {column: len({run.get(column) for run in twins}) > 1 for column in ("when", "policy")}
-            notes = [f"scored at {when}"] if when and (told_apart["when"] or not _is_baseline(arm)) else []
+            notes = [f"scored at {when}"] if when and (told_apart["when"] or ArmKey(arm).kind == "filter") else []
             notes += [one_line(policy)] if policy and told_apart["policy"] else []
             notes += [f"recipe {recipe}"] if recipe and len(recipes) > 1 else []
             left, put_in = _mean(same, "poisons_left"), _mean(same, "poisons_in")
@@ -128,7 +128,7 @@ def arm_groups(arms: "pl.DataFrame") -> list[Group]:
                 "filter": duration(_mean(same, "filter_seconds")),
                 "cpu": duration(_mean(same, "filter_cpu_seconds_per_million")),
             }
-            rates = _rates(same, {} if arm == "undefended" else undefended)
+            rates = _rates(same, {} if arm == UNDEFENDED else undefended)
             group.rows.append(Row(len(group.rows) + 1, one_line(str(arm)), notes, _seeds(same), rates, texts))
         groups.append(group)
     return groups
@@ -223,10 +223,6 @@ def microseconds(value: float | None) -> str:
 
 def ppm(value: float) -> str:
     return f"{value:,.0f} ppm" if value >= 100 else f"{value:.3g} ppm"
-
-
-def _is_baseline(arm: str) -> bool:
-    return arm.split("(")[0] in BASELINES
 
 
 def _dose(dose: Any, parts: float | None) -> str:

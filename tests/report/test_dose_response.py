@@ -10,6 +10,7 @@ import results_data as data
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pipeline import results
+from pipeline.arms import labels
 from pipeline.compare import compare
 from pipeline.dose_response import dose_response, responses
 from pipeline.errors import InputError
@@ -138,7 +139,7 @@ def test_one_detector_with_two_parameters_is_two_arms(tmp_path):
         [row | {"detectors": f"scores-004:clip_score(k={k})"} for row in rows if row["arm"] == "clip_score"]
         for k in (16, 64)
     )
-    both = results.labels([*rows[:2], *sixteen, *sixtyfour])
+    both = labels([*rows[:2], *sixteen, *sixtyfour])
     assert [*both.values()][1:] == [f"clip_score, scores-004:clip_score(k={k})" for k in (16, 64)]
     file = data.write(tmp_path / "both.parquet", [*sixteen, *sixtyfour])
     assert dose_response((file,), str(tmp_path / "two")) == 0
