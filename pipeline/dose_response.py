@@ -205,7 +205,7 @@ def _about_seeds(attack: str, effects: Sequence[Effect]) -> Iterator[str]:
     for one in effects:
         if len(one.trials.doses) and (seeds := len(one.trials.seeds)) < FEW:
             few.setdefault(seeds, []).append(one.label)
-    for seeds, theirs in few.items():
+    for seeds, arms in few.items():
         who = "" if len(arms) == len(effects) else f" of {', '.join(map(named, arms))}"
         only = "the interval is over images, not trainings" if seeds == 1 else "intervals are wide"
         yield f"{code(attack)}: {seeds} seed{'s' * (seeds != 1)}{who}: {only}."
