@@ -439,9 +439,9 @@ def test_a_data_set_smaller_than_a_batch(
 def test_known_poisons_are_announced(
     shapes: Callable[..., Path], tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture
 ) -> None:
+    """The ledger of each folder counts, not that of the first shard's alone."""
     from pipeline.shards import list_shards, samples
 
-    """The ledger of each folder counts, not that of the first shard's alone."""
     clean, poisoned = tmp_path / "clean", tmp_path / "poisoned"
     clean.mkdir()
     shutil.copy(shapes(30, 1, 1) / "00000000.tar", clean / "00000009.tar")

@@ -30,7 +30,10 @@ class Defense:
 
     @cached_property
     def memory(self) -> dict[str, Any]:
-        """What a run remembers, alike on all ranks at every step. Tensors are saved and are there after a resume."""
+        """What a run remembers, alike on all ranks at every step.
+
+        Tensors are saved and are there after a resume; what else there is `begin` must make again.
+        """
         return {}
 
     def by_content(self) -> "Defense":
