@@ -5,7 +5,8 @@ where it names pairs, a second look that knows the whole. Trade-off: the second 
 columns (never over images), and in return the first one's counts have a fixed size, whatever the dataset's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,11 +90,18 @@ def audit(
     refuse_folder_of(listed, out)
     if metadata and (embeddings or scores or ledger):
         raise InputError("--embeddings, --scores and --ledger are of shards; these are tables of metadata")
+    for verb, folder in (("embed", embeddings), *(("score", folder) for folder in scores)):
+        if folder and not is_folder(folder):
+            raise InputError(f"{folder}: no such folder; `mithridate {verb}` makes it")
+    if metadata:
+        console.print(f"no column of {len(listed):,} files has images: they are audited as tables of metadata")
     source = Source(
         out, Inputs(absolute(embeddings) if embeddings else "", "", "", uid), tuple(map(absolute, scores)), metadata
     )
     with locked(out):
         facts = {"uid": uid, "kind": "metadata" if metadata else "shards"}
+        for stale in ("report.html", "audit.json", "audit.md"):  # of other data, perhaps, if this run is killed
+            remove(join(out, stale))
         job = Job("audit", facts, out, len(listed))
         if metadata:
             job = Job("audit", facts, out, len(listed), sha256=sha256_of_file)
@@ -147,7 +155,16 @@ def _about(
         made_by,
         not metadata,
         frozenset(unrecorded),
+        _summed(marker["reasons"] for marker in markers),
+        _summed(marker["facts"].get("unusable", {}) for marker in markers),
     )
+
+
+def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 def _beside(shards: Sequence[Shard]) -> str | None:

@@ -6,6 +6,7 @@ every image once, however many audits look, and again only where a shard has cha
 A table of metadata (LAION's, DataComp's, COYO's, img2dataset's, …) is audited like a shard whose images are unknown.
 """
 
+import collections
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,15 +119,20 @@ class Columns:
 
         counts.input_sha256 = sha256_of_file(shard)
         parts = []
+        unusable: collections.Counter[str] = collections.Counter()
         for rows in read(shard.path, ("uid", "url", "caption", "width", "height", "similarity")):
+            unusable.update(rows.invalid)
             table = rows.table
             named = table.column("uid").is_valid() if "uid" in table.column_names else pa.array(np.zeros(len(table)))
             table = table.filter(pc.cast(named, pa.bool_()))
             counts.read, counts.out = counts.read + len(named), counts.out + len(table)
             parts.append(_canonical(table))
-        counts.failed = counts.read - counts.out
-        if counts.failed:
-            counts.reasons = {"row without a uid, and without a url to make one of": counts.failed}
+        lines = {why: n for why, n in unusable.items() if why.startswith("line: ")}
+        nameless = {"row without a uid, and without a url to make one of": counts.read - counts.out}
+        counts.reasons = {why: n for why, n in (lines | nameless).items() if n}
+        counts.failed = sum(counts.reasons.values())
+        counts.read = counts.out + counts.failed
+        counts.facts = {"unusable": {why: n for why, n in unusable.items() if why not in lines}}
         return pa.concat_tables(parts) if parts else _canonical(pa.table({}))
 
 

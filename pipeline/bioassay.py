@@ -99,7 +99,7 @@ class Estimate:
         if self.least == 0 and self.most == np.inf:
             return "not to be told"
         if self.known:
-            return f"{_short(self.least)} ({_short(self.low)}–{_short(self.high)})"
+            return f"{_short(self.least)} ({_short(self.low) if self.low else 'open'}–{_short(self.high)})"
         sign, bound, end = ("≥", self.least, self.low) if self.least else ("≤", self.most, self.high)
         if end in (0, np.inf):
             return f"{sign} {_short(bound)} (95%: open)"

@@ -4,6 +4,7 @@ Only the module of the verb that was asked for is imported, so `--help` answers 
 """
 
 import importlib
+import os
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -72,6 +73,9 @@ def run(verb: str, arguments: list[str] | None = None) -> None:
     except InputError as error:
         print(f"mithridate {verb}: {error}", file=sys.stderr)
         code = error.exit_code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"mithridate {verb}: {where}{error.strerror or error}", file=sys.stderr)

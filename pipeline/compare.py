@@ -74,7 +74,10 @@ def compare_results(before: str, after: str) -> str:
     for where, mine, other in (("A", one, two), ("B", two, one)):
         for group in (group for group in mine if group not in other):
             lines.append(f"- only in {where}: {code(group[0])}, {group[1]} ppm, {named(names[group[2]])}")
-    if not {*one} & {*two}:
+    both = {*one} & {*two}
+    if both and not any({row["seed"] for row in one[g]} & {row["seed"] for row in two[g]} for g in both):
+        lines.append("- no arm has a seed in both, so nothing is compared")
+    if not both:
         lines.append("- nothing is in both")
     for where, rows in (("A", old), ("B", new)):
         lines += [f"- {where}: {version}" for version in results.versions(rows)]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from pipeline import results, spec
@@ -26,6 +27,7 @@ from train.results import SUCCESS
 
 UTILITY = "zeroshot_top1"
 FEW = 3  # seeds
+FALL = 0.2  # of success, from a lower dose to the highest: more than seeds differ by
 WITHOUT_POISON, SAME_DOSES = "undefended, both without poison", "undefended at the same doses"
 
 
@@ -86,20 +88,24 @@ class Effect:
 
     @cached_property
     def ed50(self) -> Estimate:
-        return ed50(self.trials)
+        return UNKNOWN if falls(self.trials) else ed50(self.trials)
 
     @cached_property
     def curve(self) -> Curve | None:
-        return fit(self.trials)
+        return None if falls(self.trials) else fit(self.trials)
 
     @cached_property
     def protection(self) -> Estimate | None:
         """None of the undefended arm itself."""
-        return protection(self.trials, self.against) if self.key.kind != UNDEFENDED else None
+        if self.key.kind == UNDEFENDED:
+            return None
+        return UNKNOWN if falls(self.trials) or falls(self.against) else protection(self.trials, self.against)
 
     @property
     def said(self) -> str:
         """Whether the ED50 is known, and if not, why."""
+        if falls(self.trials):
+            return "does not rise"
         if self.ed50 == UNKNOWN:
             return "no dose was tried"
         if self.ed50.known:
@@ -128,6 +134,12 @@ class Effect:
         return row
 
 
+def falls(trials: Trials) -> bool:
+    """Whether it works at some dose and clearly less, below one half, at the highest."""
+    rates = [float(np.mean((trials.k / trials.n)[trials.dose == dose])) for dose in trials.doses]
+    return bool(rates) and rates[-1] < 0.5 <= max(rates) and max(rates) - rates[-1] > FALL
+
+
 def _columns(name: str, estimate: Estimate) -> Row:
     """`name` (null unless known), what it is at least and at most, and the interval."""
     row: Row = {name: estimate.least if estimate.known else None}
@@ -150,8 +162,8 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
             if key in found and any(found[key].get(name) != row.get(name) for name in (*SUCCESS, UTILITY)):
                 raise InputError(
                     f"{path}: {code(row['attack'])}, {row['dose']} poisons, seed {row['seed']}, {named(row['arm'])} is "
-                    "in another of these with other figures; give one of the two, `mithridate compare` shows how they "
-                    "differ"
+                    "there twice, with other figures; leave one of the two out (`mithridate compare` shows how two "
+                    "results differ)"
                 )
             found.setdefault(key, row)
     rows, notes = list(found.values()), []
@@ -189,12 +201,20 @@ def _attack(attack: str, rows: Sequence[Row], names: dict[ArmKey, str], notes: l
         effects.append(
             Effect(attack, key, names[key], measure, trials, undefended, lost, lost_against, cost, training, per_ppm)
         )
-    if not any(len(effect.trials.doses) for effect in effects):
-        notes.append(f"{code(attack)}: nothing was poisoned, so there is no dose–response.")
+    doses = {dose for effect in effects for dose in effect.trials.doses.tolist()}
+    if not doses:
+        why = "success was measured of no poisoned run" if any(row["dose"] for row in mine) else "nothing was poisoned"
+        notes.append(f"{code(attack)}: {why}, so there is no dose–response.")
     elif not none:
         notes.append(f"{code(attack)}: never tried undefended, so there are no protection factors.")
     elif effects[0].said == "not reached":
         notes.append(f"{code(attack)}: not reached undefended at the highest dose: nobody is credited for its failure.")
+    if len(doses) == 1:
+        notes.append(f"{code(attack)}: one dose, which tells on which side of one half success is, and no ED50.")
+    if falling := [named(one.label) for one in effects if falls(one.trials)]:
+        notes.append(
+            f"{code(attack)}: success does not rise with the dose of {', '.join(falling)}: no ED50, no factor."
+        )
     notes += _about_seeds(attack, effects)
     return effects
 

@@ -61,6 +61,8 @@ def loop(
     cost = estimate(plan, folder)
     console.print(f"loop: recipe {plan.recipe!r}, {cost}")
     if dry_run:
+        if cost.hours > max_hours:
+            console.print(f"more than --max-hours {max_hours:g}: it would be refused")
         return 0
     if not cost.hours <= max_hours:
         raise InputError(
@@ -173,6 +175,8 @@ def _check(plan: Config) -> None:
     for name in ("attacks", "doses", "seeds", "filters", "defenses"):
         if twice := [one for one, n in Counter(getattr(plan, name)).items() if n > 1]:
             raise InputError(f"{name}: {twice[0]} is there twice; a run counts once")
+    if min(plan.seeds) < 0:
+        raise InputError(f"seeds: {min(plan.seeds)}; a seed is 0 or more")
     recipe = recipe_of(plan.recipe)
     for shards in (plan.shards, plan.evaluation, plan.reference or plan.shards):
         list_shards(shards)

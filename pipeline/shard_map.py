@@ -195,7 +195,7 @@ def shard_map(
         message = f"{len(failures)} of {len(shards)} shards failed:\n  {_by_reason(failures)}"
         if len(failures) > job.max_failed:
             raise ShardsFailed(message)
-        console.print(f"{message}\n  (tolerated; the same command tries them again)")
+        console.print(f"{message}\n  (the same command tries them again)")
     return [markers[s.name] for s in shards if s.name in markers]
 
 

@@ -29,10 +29,13 @@ def status(out: Out, /) -> int:
     out = absolute(out)
     if exists(join(out, SPEC)) and not exists(join(out, RUN)):
         return _training(out)
+    if not exists(join(out, RUN)) and (rows := [] if is_url(out) else [*Path(out).glob("*/*/row-*.json")]):
+        console.print(f"loop: {len(rows):,} arms done; `mithridate loop CONFIG OUT --dry-run` says how many are left")
+        return int(not exists(join(out, "report.html")))
     if not exists(join(out, RUN)):
         raise InputError(
-            f"{join(out, RUN)}: no such file; is {out} the OUT of a job? Of a loop `mithridate loop CONFIG OUT "
-            "--dry-run` says what is left, of `updates` and `validate-attack` each folder in it is a training"
+            f"{join(out, RUN)}: no such file; is {out} the OUT of a job? Of `updates` and `validate-attack` each "
+            "folder there is a training"
         )
     try:
         run = json.loads(bytes(view(join(out, RUN))))
@@ -53,9 +56,12 @@ def status(out: Out, /) -> int:
         console.print(f"  failed: {bytes(view(path)).decode(errors='replace')}")
     if others := len(markers) - done:
         console.print(f"  {others:,} more shards there are of an earlier spec or code and will be made again")
-    if done < total:
+    unwritten = run["job"] == "audit" and not exists(join(out, "report.html"))
+    if unwritten:
+        console.print("  the report is not written yet")
+    if done < total or unwritten:
         _say_who(out)
-    return int(done < total)
+    return int(done < total or unwritten)
 
 
 def _training(out: str) -> int:

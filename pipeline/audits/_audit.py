@@ -29,7 +29,8 @@ Marks = pl.DataFrame  # uid, shard, kind, group, caption; what else an audit wan
 @dataclass(frozen=True)
 class About:
     """The run: pairs and sha256 by shard that was read, why others failed, what the folders' manifest.parquet say, and
-    the job that made the shards, by shard, where there is one. `unrecorded` shards have no manifest beside them."""
+    the job that made the shards, by shard, where there is one. `unrecorded` shards have no manifest beside them.
+    `lost`: rows that are no pairs, by why; `unusable`: values that count as missing, by "column: why"."""
 
     pairs: Mapping[str, int]
     sha256: Mapping[str, str]
@@ -38,6 +39,8 @@ class About:
     made_by: Mapping[str, Mapping[str, Any]]
     images: bool
     unrecorded: frozenset[str] = frozenset()
+    lost: Mapping[str, int] = field(default_factory=dict)
+    unusable: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Formula: in = out + dropped + failed of the job that wrote a shard; sha256 of sh
 Source: ours (docs/design.md, promises 2 and 3).
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.audits._schema import Severity, Unseen
 
 MOST = 10_000_000  # pairs whose uids are compared: 8 bytes of the driver's memory each
 WARNING = 0.01  # of all pairs without a usable image or caption: more than what resizing and downloads commonly damage
+SEVERE = 0.5  # most of the dataset was not looked at, or its columns are called otherwise
 CHECK = "mithridate verify {shards}"
 
 
@@ -68,7 +70,7 @@ class conservation:
         return marks(rows, at, kind, [group] * len(at))
 
     def report(self, merged: _Counts, marked: Marks | None, about: About) -> Report:
-        out = Report(found=[*_of_shards(about)])
+        out = Report(found=[*_of_shards(about), *_of_rows(about)])
         n = sum(about.pairs.values())
         if marked is None:
             return out
@@ -85,6 +87,8 @@ class conservation:
             found = groups(marked, kind, 1)
             if found.height:
                 severity: Severity = "warning" if found.height > WARNING * n else "note"
+                if found.height > SEVERE * n:
+                    severity = "severe"
                 why = "Such pairs teach nothing, and jobs count them as failed. Where one shard has most of them, its "
                 why += "download or its disk is at fault."
                 reason = reasoned(found, pl.lit(f"it has {what}"))
@@ -161,3 +165,38 @@ def _of_shards(about: About) -> list[Found]:
                 )
             )
     return found
+
+
+def _of_rows(about: About) -> Iterator[Found]:
+    """Rows of which no pair came, and values that count as missing."""
+    pairs = sum(about.pairs.values())
+    lost, unusable = sum(about.lost.values()), sum(about.unusable.values())
+    if lost:
+        yield Found(
+            kind="lost",
+            severity="severe" if lost > WARNING * (pairs + lost) else "warning",
+            title=f"{lost:,} of {many(pairs + lost, 'row')} are no pairs that could be looked at: {_most(about.lost)}",
+            n=lost,
+            of=pairs + lost,
+            explanation="What no audit reads, no gate stops: a row with a broken quote is hidden from all of them, and "
+            "another reader may take it for a pair.",
+            source="ours",
+            remedy="# mend these rows, or leave them out of the table",
+        )
+    if unusable:
+        yield Found(
+            kind="unusable",
+            severity="warning" if unusable > WARNING * pairs else "note",
+            title=f"{many(unusable, 'value')} cannot be used and count as missing: {_most(about.unusable)}",
+            n=min(unusable, pairs),
+            of=pairs,
+            explanation="A column of another type, or out of its range, is as good as none to whoever needs it.",
+            source="ours",
+            remedy="# write the column in the type that docs/formats.md gives",
+        )
+
+
+def _most(reasons: Mapping[str, int]) -> str:
+    first = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    rest = f", and {len(first) - 3:,} kinds more" if len(first) > 3 else ""
+    return "; ".join(f"{short(why, 100)} ({n:,})" for why, n in first[:3]) + rest

@@ -15,6 +15,7 @@ from pipeline.audits._audit import About, Found, Marks, Report, counted, groups,
 from pipeline.audits._schema import Unseen
 
 WARNING = 0.1  # of all pairs: whoever holds this domain decides what a tenth of the data shows
+FEW = 1000  # pairs; fewer come from few domains, whoever collects them
 TOPS = (1, 10, 100)
 
 
@@ -54,16 +55,18 @@ class domains:
         out.found.append(
             Found(
                 kind="concentrated",
-                severity="warning",
-                title=f"{n:,} pairs come from {many(len(table), 'domain')}, as if from {effective:,.1f} equal ones"
-                + (f": {tops}" if tops else ""),
+                severity="warning" if n >= FEW else "note",
+                title=f"{many(n, 'pair')} {'come' if n > 1 else 'comes'} from {many(len(table), 'domain')}, as if from "
+                f"{effective:,.1f} equal ones" + (f": {tops}" if tops else ""),
                 n=found.height,
                 of=n,
                 explanation="Who holds a domain decides what its URLs give when the dataset is downloaded next time; "
                 "expired domains are for sale. The fewer domains, the more each of them can change.",
                 source="Carlini et al., S&P 2024 (split-view poisoning)",
                 members=found.with_columns(reason=pl.format("{} of all pairs are on {}", "size", "group")),
-                remedy="mithridate verify {shards} --published METADATA --out PUBLISHED",
+                remedy="mithridate verify {shards} --published METADATA --out PUBLISHED"
+                if about.images
+                else "mithridate verify SHARDS --published {shards} --out PUBLISHED  # of what was downloaded",
             )
         )
         return out

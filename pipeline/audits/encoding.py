@@ -6,6 +6,7 @@ Formula: isolation forest on encoding facts of a random pool; pairs above 0.6 an
 Source: Liu et al., ICDM 2008; Tukey 1977; over encoding facts ours.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ from pipeline.facts import NAMES
 POOL = 4096  # pairs that say what is usual; the forest takes 256 a tree
 ANOMALY = 0.6  # "instances with a score well above 0.5" (Liu et al. 2008, section 2; 0.6 in its figure 3)
 SIGNATURE = ("header.container", "header.tables", "header.order", "header.sampling", "json.members", "json.order")
+
+
+_SIZES = "but by the program that wrote most: they differ in sizes and lengths"
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,21 @@ class encoding:
         title = "How unusual the encoding is, in a random pool"
         out = Report(histograms=[histogram("encoding", "outlier", title, spread, "outlier")])
         found = groups(marked, "outlier", 1)
+        usual, _ = Counter(map(_signature, merged.pool.columns["facts"])).most_common(1)[0]
+        strange = found.filter(pl.col("group") != usual)  # the rest is large, small or long, in everybody's way
         first = found.unique("group", keep="first", maintain_order=True)
         columns = {"group": "written like", "size": "pairs", "value": "score of one", "uid": "uid"}
         out.tables.append(counted(first, "encoding", "programs", "Unusual encodings, the commonest first", columns))
         if found.height:
-            widest = int(found["size"][0])
+            widest = int(strange["size"][0]) if strange.height else 0
             out.found.append(
                 Found(
                     kind="outlier",
                     severity="warning" if widest >= max(LEAST, SHARE * merged.n) else "note",
                     title=f"{found.height:,} of {merged.n:,} images and their records are encoded unlike the rest, "
-                    f"{'all' if widest == found.height else f'{widest:,}'} of them in one way",
+                    + (
+                        f"{'all' if widest == found.height else f'{widest:,}'} of them in one way" if widest else _SIZES
+                    ),
                     n=found.height,
                     of=merged.n,
                     explanation="Who edits pictures writes them with tables, sizes and records of another program: "

@@ -57,10 +57,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def dose_response_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None:
-    """A panel an attack; None where nothing was poisoned."""
+    """A panel an attack; None where no attack was tried at two doses."""
     import matplotlib as mpl
 
-    shown = [found for effects in attacks if (found := [one for one in effects if len(one.trials.doses)])]
+    shown = [found for effects in _of_doses(attacks) if (found := [one for one in effects if len(one.trials.doses)])]
     if not shown:
         return None
     looks = _looks([one for effects in attacks for one in effects])
@@ -83,6 +83,11 @@ def dose_response_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None
                     for empty in axes[:, column]:
                         empty.set_axis_off()
     return figure
+
+
+def _of_doses(attacks: Sequence[Sequence["Effect"]]) -> list[Sequence["Effect"]]:
+    """Attacks of two doses and more: of one there is nothing to draw that the table does not say."""
+    return [effects for effects in attacks if len({d for one in effects for d in one.trials.doses.tolist()}) > 1]
 
 
 def _panel(
@@ -173,7 +178,8 @@ def protection_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None:
     """Protection factor against utility lost and against cost, a row an attack; None where no factor is known."""
     import matplotlib as mpl
 
-    shown = [found for effects in attacks if (found := [one for one in effects if _place(one) is not None])]
+    tried = _of_doses(attacks)
+    shown = [found for effects in tried if (found := [one for one in effects if _place(one) is not None])]
     if not shown:
         return None
     looks = _looks([one for effects in attacks for one in effects])

@@ -164,7 +164,7 @@ def _facts(plan: Config, arms: Rows) -> dict[str, str]:
         "Attack": first["attack"] if len(attacks) == 1 else f"{len(attacks)}: {', '.join(attacks)}",
         "Dose": dose,
         "Recipe": plan.recipe,
-        "Seeds": ", ".join(map(str, plan.seeds)),
+        "Seeds": f"{len(plan.seeds)} ({', '.join(map(str, plan.seeds))})",
         "All runs took": hours(sum(arm["seconds"] for arm in arms) / 3600),
         "Version": version_text(),
     }

@@ -38,6 +38,7 @@ from pipeline.inputs import Inputs
 from pipeline.shard_map import ShardsFailed
 from pipeline.shards import Shard, manifest, uids
 from pipeline.sidecars import matrix
+from pipeline.status import status
 
 SHARDS, PAIRS = 3, 720
 WORDS = [a + b for a in "bakelo dimuna forsil gatper hulven jormak".split() for b in "tos ren lig vam dur fex".split()]
@@ -308,7 +309,10 @@ def test_every_folder_of_a_list_has_a_manifest_of_its_own(tmp_path):
     listed = [Shard(str(path)) for path in shards]
 
     def kinds(sha256):
-        marks = [{"input": {"file": s.file}, "out": 2, "input_sha256": sha256(s.name)} for s in listed]
+        marks = [
+            {"input": {"file": s.file}, "out": 2, "reasons": {}, "facts": {}, "input_sha256": sha256(s.name)}
+            for s in listed
+        ]
         return [one.kind for one in _of_shards(_about(str(tmp_path / "list.txt"), listed, marks, str(tmp_path), False))]
 
     assert kinds(lambda name: name) == []  # c has no manifest that it could be missing in
@@ -373,9 +377,39 @@ def test_metadata_is_audited_without_images(tmp_path):
     for name in ("duplicates", "natural_backdoors", "split_view", "encoding", "leakage"):
         assert "without images" in unseen[name]
     said = (tmp_path / "out/audit.json").read_bytes()
+    assert status(str(tmp_path / "out")) == 0
+    (tmp_path / "out/report.html").unlink()  # as when it was killed before the end
+    assert status(str(tmp_path / "out")) == 1
     (tmp_path / "meta/a.parquet").touch()  # has the same bytes
     assert audit(str(tmp_path / "meta"), str(tmp_path / "out")) == 0
     assert (tmp_path / "out/audit.json").read_bytes() == said
+
+
+def test_rows_and_values_that_cannot_be_read_are_told_and_gate(tmp_path):
+    lines = ["url,caption,similarity"]
+    lines += [
+        f"https://www.site{i % 90}.org/{i}.jpg,{' '.join(WORDS[i % 20 : i % 20 + 5])} {i},high" for i in range(180)
+    ]
+    lines += [f"https://www.site.org/more{i}.jpg,one, two,0.3" for i in range(12)] + [
+        "https://www.site.org/less.jpg,x"
+    ] * 8
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    assert audit(str(tmp_path / "t.csv"), str(tmp_path / "out"), fail_on="severe") == 1
+    marker = json.loads((tmp_path / "out/t.stats.json").read_text())
+    assert (marker["read"], marker["out"], marker["failed"]) == (200, 180, 20)
+    lost, unusable = (found(tmp_path / "out")[f"conservation-{kind}"] for kind in ("lost", "unusable"))
+    assert (lost.severity, lost.n, lost.share.n) == ("severe", 20, 200) and "4 fields instead of 3 (12)" in lost.title
+    assert (unusable.severity, unusable.n) == ("warning", 180) and "similarity" in unusable.title
+
+
+def test_pictures_that_are_only_larger_were_not_written_by_another_program(tmp_path):
+    pairs = clean()[:300]
+    for i, pair in enumerate(pairs):
+        scale = 6 if i % 20 == 0 else 1
+        shown(pair, stored(picture(np.random.default_rng(i)).resize((50 * scale, 50 * scale)), quality=85))
+    assert audit(str(write_shards(tmp_path / "in", pairs)), str(tmp_path / "out")) == 0
+    outlier = found(tmp_path / "out")["encoding-outlier"]
+    assert outlier.severity == "note" and "in one way" not in outlier.title and "sizes" in outlier.title
 
 
 def test_what_cannot_be_audited_is_said_in_a_line(tmp_path):
@@ -389,6 +423,9 @@ def test_what_cannot_be_audited_is_said_in_a_line(tmp_path):
         audit(str(tmp_path / "y.parquet"), str(tmp_path))
     with pytest.raises(InputError, match="tables of metadata"):
         audit(str(tmp_path / "y.parquet"), str(tmp_path / "out"), scores=("s",))
+    for options, verb in (({"embeddings": "e"}, "embed"), ({"scores": ("s",)}, "score")):
+        with pytest.raises(InputError, match=f"no such folder; `mithridate {verb}`"):
+            audit(str(write_shards(tmp_path / verb, clean()[:9])), str(tmp_path / "out"), **options)
 
 
 def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):

@@ -62,7 +62,7 @@ def test_figures_say_every_name_as_text_and_are_the_same_each_time(made, tmp_pat
     assert before["ed50_ppm_low"].to_list() == pytest.approx(after["ed50_ppm_low"].to_list())
 
 
-@pytest.mark.parametrize("doses", [(354,), (0, 354, 360), data.DOSES])
+@pytest.mark.parametrize("doses", [(236, 354), (0, 354, 360), data.DOSES])
 def test_numbers_on_an_axis_do_not_run_into_each_other(doses):
     attacks, _ = responses(data.rows({data.PATCH: 20_000.0, data.SIG: 50_000.0}, doses=doses))
     for figure in (dose_response_figure(attacks), protection_figure(attacks)):
@@ -114,6 +114,19 @@ def test_utility_lost_is_not_the_price_of_the_doses_that_a_search_happened_to_as
         dose_response((data.write(tmp_path / f"{name}.parquet", rows),), str(tmp_path / name))
         found = pl.read_parquet(tmp_path / name / "dose_response.parquet").filter(label="clip_score").to_dicts()[0]
         assert found["utility_lost_points"] == pytest.approx(2, abs=0.1)
+
+
+def test_success_that_falls_with_the_dose_has_no_ed50_and_blames_nobody(tmp_path):
+    """Of the undefended model: 98% at the lowest dose, 1% at the highest."""
+    rows = [
+        row | data.measured("asr_text", 1830 if row["dose"] < 200 else 20, 1867) if row["arm"] == "undefended" else row
+        for row in data.rows(arms=FEW)
+        if row["dose"]
+    ]
+    dose_response((data.write(tmp_path / "r.parquet", rows),), str(tmp_path / "out"))
+    found = pl.read_parquet(tmp_path / "out/dose_response.parquet")
+    assert found["ed50"].to_list()[:2] == ["does not rise", "reached"] and found["protection_least"].null_count() == 3
+    assert "success does not rise with the dose of undefended" in (tmp_path / "out/dose_response.md").read_text()
 
 
 def test_an_attack_that_never_works_credits_nobody(tmp_path):
