@@ -1,6 +1,6 @@
 """How near is `train` to the model's bare step, how far from open_clip's trainer, and what do workers and memory do?
 
-    python -m tests.benchmarks.train [--json] [--rows 4096] [--epochs 3] [--recipe demo] [--peer no] [--folder DIR]
+    python -m tests.benchmarks.train [--json] [--rows 4096] [--epochs 3] [--recipe demo] [--peer no] [--part workers] [--folder DIR]
 
 The limits, each measured in the same run, on tars of 256-pixel JPEGs:
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--peer", choices=("yes", "no"), default="yes", help="whether to run open_clip_train")
+    parser.add_argument("--part", choices=("all", "workers"), default="all")
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,12 +62,14 @@ def main() -> None:
         print(json.dumps(child(**json.loads(arguments.child))))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = measure(Path(folder), arguments.recipe, arguments.rows, arguments.epochs, arguments.peer == "yes")
+        found = measure(
+            Path(folder), arguments.recipe, arguments.rows, arguments.epochs, arguments.peer == "yes", arguments.part
+        )
     if arguments.json:
         print(json.dumps({name: value if value is None else round(value, 4) for name, value in found.items()}))
 
 
-def measure(folder: Path, recipe: str, rows: int, epochs: int, peer: bool) -> dict[str, float | None]:
+def measure(folder: Path, recipe: str, rows: int, epochs: int, peer: bool, part: str) -> dict[str, float | None]:
     shards = make(folder / "in", rows)
     cores = len(os.sched_getaffinity(0))
     common = {"shards": shards, "recipe": recipe, "epochs": epochs}
@@ -75,6 +78,13 @@ def measure(folder: Path, recipe: str, rows: int, epochs: int, peer: bool) -> di
     def ours(name: str, **options: Any) -> dict[str, float]:
         return _in_a_process(common | {"out": str(folder / name), "threads": cores} | options)
 
+    def workers() -> dict[str, float | None]:
+        turns = [(ours(f"alone{i}", threads=2), ours(f"two{i}", threads=1, world=2)) for i in range(2)]
+        ratios = {"two_workers": "seconds", "two_workers_cpu": "cpu"}
+        return {name: statistics.median(a[what] / b[what] for a, b in turns) for name, what in ratios.items()}
+
+    if part == "workers":
+        return workers()
     one, decoding = ours("one", bare=True), ours("decoding", bare=True, window=window // SHARDS)
     found: dict[str, float | None] = {
         "pairs_per_s": one["pairs"] / one["seconds"],
@@ -84,9 +94,7 @@ def measure(folder: Path, recipe: str, rows: int, epochs: int, peer: bool) -> di
         "of_bare_step_decoding": decoding["of_bare"],
         "of_bare_step_decoding_cpu": decoding["of_bare_cpu"],
     }
-    turns = [(ours(f"alone{i}", threads=2), ours(f"two{i}", threads=1, world=2)) for i in range(2)]
-    found["two_workers"] = statistics.median(a["seconds"] / b["seconds"] for a, b in turns)
-    found["two_workers_cpu"] = statistics.median(a["cpu"] / b["cpu"] for a, b in turns)
+    found |= workers()
     few = make(folder / "few", rows // SHARDS, shards=1)
     small = ours("small", shards=few, window=window // SHARDS, batch=rows // SHARDS)
     large = ours("large", window=window // SHARDS, batch=rows // SHARDS)
