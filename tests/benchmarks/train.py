@@ -1,6 +1,6 @@
 """How near is `train` to the model's bare step, how far from open_clip's trainer, and what do workers and memory do?
 
-    python -m tests.benchmarks.train [--json] [--rows 4096] [--epochs 3] [--recipe demo] [--peer no] [--part workers] [--folder DIR]
+    python -m tests.benchmarks.train [--json] [--rows 4096] [--epochs 3] [--recipe demo] [--part ours] [--folder DIR]
 
 The limits, each measured in the same run, on tars of 256-pixel JPEGs:
 
@@ -53,8 +53,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--peer", choices=("yes", "no"), default="yes", help="whether to run open_clip_train")
-    parser.add_argument("--part", choices=("all", "workers"), default="all")
+    parser.add_argument("--part", choices=("all", "ours", "workers"), default="all", help="ours: no open_clip_train")
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -62,14 +61,12 @@ def main() -> None:
         print(json.dumps(child(**json.loads(arguments.child))))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = measure(
-            Path(folder), arguments.recipe, arguments.rows, arguments.epochs, arguments.peer == "yes", arguments.part
-        )
+        found = measure(Path(folder), arguments.recipe, arguments.rows, arguments.epochs, arguments.part)
     if arguments.json:
         print(json.dumps({name: value if value is None else round(value, 4) for name, value in found.items()}))
 
 
-def measure(folder: Path, recipe: str, rows: int, epochs: int, peer: bool, part: str) -> dict[str, float | None]:
+def measure(folder: Path, recipe: str, rows: int, epochs: int, part: str) -> dict[str, float | None]:
     shards = make(folder / "in", rows)
     cores = len(os.sched_getaffinity(0))
     common = {"shards": shards, "recipe": recipe, "epochs": epochs}
@@ -99,7 +96,7 @@ def measure(folder: Path, recipe: str, rows: int, epochs: int, peer: bool, part:
     small = ours("small", shards=few, window=window // SHARDS, batch=rows // SHARDS)
     large = ours("large", window=window // SHARDS, batch=rows // SHARDS)
     found |= {"window_mb": window / SHARDS / 1e6, "peak_mb": large["peak"], "growth_mb": large["peak"] - small["peak"]}
-    if peer:
+    if part == "all":
         found |= against_open_clip(folder, common, shards, rows, one)
     for name, value in found.items():
         say(f"{name:<28}{value:12.3f}" if value is not None else f"{name:<28}  not measured")
