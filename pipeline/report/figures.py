@@ -4,7 +4,8 @@ Under each panel of curves lies a strip with a line an arm, at the same doses: i
 protection factor. So every curve is named where it crosses one half, and no legend has to be looked up.
 
 Trade-off: matplotlib here, where the page draws its own SVG: these go into papers, as PDF would, and need no dark mode.
-Colours are Okabe & Ito's (2008), told apart by the colour-blind; beyond seven arms line styles tell them apart too.
+Colours are Okabe & Ito's (2008), told apart by the colour-blind, and two darker ones; beyond eight arms line styles tell
+them apart too.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from pipeline.report.text import one_line
 if TYPE_CHECKING:
     from pipeline.dose_response import Effect
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#6A3D9A")
 PLAIN, CONTROL = "#000000", "#8A8A8A"
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 STYLE: Any = {
