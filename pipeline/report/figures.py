@@ -4,8 +4,8 @@ Under each panel of curves lies a strip with a line an arm, at the same doses: i
 protection factor. So every curve is named where it crosses one half, and no legend has to be looked up.
 
 Trade-off: matplotlib here, where the page draws its own SVG: these go into papers, as PDF would, and need no dark mode.
-Colours are Okabe & Ito's (2008), told apart by the colour-blind, and two darker ones; beyond eight arms line styles tell
-them apart too.
+Colours are Okabe & Ito's (2008), told apart by the colour-blind, and two darker ones; beyond eight arms line styles
+tell them apart too.
 """
 
 from collections.abc import Sequence
