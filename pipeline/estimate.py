@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.doses import Adaptive, Search
+from pipeline.progress import console
 from pipeline.runs import UNDEFENDED, Arm, Run, arms_of
 from pipeline.shards import list_shards, uids
 from train.results import judged
@@ -126,10 +127,11 @@ def _calibrated(plan: Config) -> tuple[float, str]:
     from train.recipes import recipe_of
 
     recipe = recipe_of(plan.recipe)
+    console.print(f"estimate: timing bare steps of {plan.recipe!r}, for there is no row in OUT yet", style="dim")
     pace, pairs = pairs_per_second(recipe), sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards))
     seconds = BESIDES * pairs * recipe.epochs / pace + ASIDE
     return (
         seconds,
-        f"by bare steps of {pace:,.0f} pairs/s on this machine, times {BESIDES}, and {ASIDE:.0f} s, for OUT has no "
-        "training yet",
+        f"by bare steps of {pace:,.0f} pairs/s on this machine, times {BESIDES}, and {ASIDE:.0f} s; where other work "
+        "runs, too much",
     )
