@@ -5,8 +5,7 @@ where it names pairs, a second look that knows the whole. Trade-off: the second 
 columns (never over images), and in return the first one's counts have a fixed size, whatever the dataset's.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +29,7 @@ from pipeline.shard_map import (
     read_markers,
     shard_map,
     succeeded,
+    summed,
 )
 from pipeline.shards import Shard, UidRule
 from pipeline.shards.store import (
@@ -155,16 +155,9 @@ def _about(
         made_by,
         not metadata,
         frozenset(unrecorded),
-        _summed(marker["reasons"] for marker in markers),
-        _summed(marker["facts"].get("unusable", {}) for marker in markers),
+        summed(marker["reasons"] for marker in markers),
+        summed(marker["facts"].get("unusable", {}) for marker in markers),
     )
-
-
-def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return dict(total)
 
 
 def _beside(shards: Sequence[Shard]) -> str | None:

@@ -119,20 +119,19 @@ class Columns:
 
         counts.input_sha256 = sha256_of_file(shard)
         parts = []
-        unusable: collections.Counter[str] = collections.Counter()
+        lost, unusable = collections.Counter[str](), collections.Counter[str]()
         for rows in read(shard.path, ("uid", "url", "caption", "width", "height", "similarity")):
-            unusable.update(rows.invalid)
+            for why, n in rows.invalid.items():
+                (lost if why.startswith("line: ") else unusable)[why] += n
             table = rows.table
             named = table.column("uid").is_valid() if "uid" in table.column_names else pa.array(np.zeros(len(table)))
             table = table.filter(pc.cast(named, pa.bool_()))
-            counts.read, counts.out = counts.read + len(named), counts.out + len(table)
+            lost["row without a uid, and without a url to make one of"] += len(named) - len(table)
+            counts.out += len(table)
             parts.append(_canonical(table))
-        lines = {why: n for why, n in unusable.items() if why.startswith("line: ")}
-        nameless = {"row without a uid, and without a url to make one of": counts.read - counts.out}
-        counts.reasons = {why: n for why, n in (lines | nameless).items() if n}
-        counts.failed = sum(counts.reasons.values())
+        counts.reasons, counts.failed = dict(+lost), lost.total()
         counts.read = counts.out + counts.failed
-        counts.facts = {"unusable": {why: n for why, n in unusable.items() if why not in lines}}
+        counts.facts = {"unusable": dict(unusable)}
         return pa.concat_tables(parts) if parts else _canonical(pa.table({}))
 
 

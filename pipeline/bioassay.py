@@ -322,8 +322,6 @@ def _log(dose: np.ndarray) -> np.ndarray:
 
 
 def _short(value: float) -> str:
-    if value == 0:
-        return "0"
     if value == np.inf:
         return "∞"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -11,7 +11,7 @@ is asked apart.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from pipeline.progress import run_stage
 from pipeline.quality import quality
 from pipeline.score import read_scores, score, scored_by, scores_path
 from pipeline.scored import scores_folder
-from pipeline.shard_map import code_digest
+from pipeline.shard_map import code_digest, marker_path, read_markers, summed
 from pipeline.shards import list_shards
 from pipeline.shards.store import make_folder, stamp, view, write
 
@@ -254,7 +254,7 @@ class Run:
             cpu += sum(of_cores[name] for name in detectors)
             stages |= set(map(self._embeddings, self._looks(epoch, detectors)))
         for stage in stages:
-            took = _summed(marker["seconds"] for marker in self._markers(stage))
+            took = summed(marker["seconds"] for marker in self._markers(stage))
             seconds, cpu = seconds + took["total"], cpu + took["cpu"]
         return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
 
@@ -323,14 +323,13 @@ class Run:
 
     def _markers(self, folder: str) -> list[dict[str, Any]]:
         """Of a job over all shards, one each."""
-        shards = list_shards(self.plan.shards)
-        return [json.loads(Path(folder, f"{shard.name}.stats.json").read_text()) for shard in shards]
+        return read_markers([marker_path(folder, shard) for shard in list_shards(self.plan.shards)])
 
     def _spent(self, scores: str) -> tuple[dict[str, float], dict[str, float]]:
         """By detector, seconds of workers and of cores."""
         markers = self._markers(scores)
-        cores = _summed(marker["facts"]["core_seconds"] for marker in markers)
-        return _summed(marker["seconds"] for marker in markers), cores
+        cores = summed(marker["facts"]["core_seconds"] for marker in markers)
+        return summed(marker["seconds"] for marker in markers), cores
 
     def _stage(self, name: str, verb: Callable[..., int], *arguments: str, **options: Any) -> None:
         about = f"  ({self.attack}, dose {self.dose}, seed {self.seed})"
@@ -399,11 +398,3 @@ def _scored(folder: str, shards: str) -> set[str]:
     if not all(Path(path).exists() for path in paths):
         return set()
     return set.intersection(*({*pq.read_schema(path).names} for path in paths))
-
-
-def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total

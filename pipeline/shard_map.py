@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -332,6 +332,15 @@ def read_markers(paths: Sequence[str]) -> list[dict[str, Any]]:
     """The markers at these paths, many at once, since an object store answers slowly; {} for one that is none."""
     with ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(_read_marker, paths))
+
+
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, Any]:
+    """The same entries of markers, added up: seconds, or counts by reason."""
+    total: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + value
+    return total
 
 
 def _read_marker(path: str) -> dict[str, Any]:

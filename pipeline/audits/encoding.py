@@ -25,9 +25,6 @@ ANOMALY = 0.6  # "instances with a score well above 0.5" (Liu et al. 2008, secti
 SIGNATURE = ("header.container", "header.tables", "header.order", "header.sampling", "json.members", "json.order")
 
 
-_SIZES = "but by the program that wrote most: they differ in sizes and lengths"
-
-
 @dataclass(frozen=True)
 class _Counts:
     n: int
@@ -68,14 +65,14 @@ class encoding:
         out.tables.append(counted(first, "encoding", "programs", "Unusual encodings, the commonest first", columns))
         if found.height:
             widest = int(strange["size"][0]) if strange.height else 0
+            how = f"unlike the rest, {'all' if widest == found.height else f'{widest:,}'} of them in one way"
+            if not widest:
+                how = "unlike the rest, but by the program that wrote most: they differ in sizes and lengths"
             out.found.append(
                 Found(
                     kind="outlier",
                     severity="warning" if widest >= max(LEAST, SHARE * merged.n) else "note",
-                    title=f"{found.height:,} of {merged.n:,} images and their records are encoded unlike the rest, "
-                    + (
-                        f"{'all' if widest == found.height else f'{widest:,}'} of them in one way" if widest else _SIZES
-                    ),
+                    title=f"{found.height:,} of {merged.n:,} images and their records are encoded {how}",
                     n=found.height,
                     of=merged.n,
                     explanation="Who edits pictures writes them with tables, sizes and records of another program: "

@@ -390,9 +390,8 @@ def test_rows_and_values_that_cannot_be_read_are_told_and_gate(tmp_path):
     lines += [
         f"https://www.site{i % 90}.org/{i}.jpg,{' '.join(WORDS[i % 20 : i % 20 + 5])} {i},high" for i in range(180)
     ]
-    lines += [f"https://www.site.org/more{i}.jpg,one, two,0.3" for i in range(12)] + [
-        "https://www.site.org/less.jpg,x"
-    ] * 8
+    lines += [f"https://www.site.org/more{i}.jpg,one, two,0.3" for i in range(12)]
+    lines += ["https://www.site.org/less.jpg,x"] * 8
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     assert audit(str(tmp_path / "t.csv"), str(tmp_path / "out"), fail_on="severe") == 1
     marker = json.loads((tmp_path / "out/t.stats.json").read_text())
