@@ -23,6 +23,7 @@ from pipeline.facts import NAMES
 POOL = 4096  # pairs that say what is usual; the forest takes 256 a tree
 ANOMALY = 0.6  # "instances with a score well above 0.5" (Liu et al. 2008, section 2; 0.6 in its figure 3)
 SIGNATURE = ("header.container", "header.tables", "header.order", "header.sampling", "json.members", "json.order")
+CONTAINERS = ("JPEG", "PNG", "WebP")  # as pipeline/shards/encoding.py counts them
 
 
 @dataclass(frozen=True)
@@ -98,5 +99,12 @@ def _scored(facts: np.ndarray, pool: Drawn, whole: bool = False) -> tuple[np.nda
 
 
 def _signature(facts: np.ndarray) -> str:
-    """The kinds of its encoding, as the codes of pipeline/facts.py."""
-    return ", ".join(f"{name.split('.')[1]} {facts[NAMES.index(name)]:g}" for name in SIGNATURE)
+    """The kinds of its encoding in words; four hex digits are a tag for one order of segments, parts or keys."""
+    of = {name: facts[NAMES.index(name)] for name in SIGNATURE if np.isfinite(facts[NAMES.index(name)])}
+    said = [CONTAINERS[int(of["header.container"])] if "header.container" in of else "no image that can be read"]
+    if "header.sampling" in of:  # of the first component, a nibble each way
+        said.append("luma {}×{}".format(*divmod(int(of["header.sampling"]), 16)))
+    if "header.tables" in of:
+        said.append(f"{of['header.tables']:g} quantisation tables")
+    tags = {"header.order": "segments", "json.members": "parts", "json.order": "json keys"}
+    return ", ".join([*said, *(f"{what} {int(of[name]):04x}" for name, what in tags.items() if name in of)])

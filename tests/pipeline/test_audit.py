@@ -225,7 +225,11 @@ def test_the_lists_name_the_planted_pairs(planted):
     shards, out, _ = planted
     known = set(ledger.read(str(shards / "ledger.parquet")).column("uid").to_pylist())
     assert set(pl.read_parquet(out / "findings/confounds-known_poison.parquet")["uid"]) == known
-    assert len(known & set(pl.read_parquet(out / "findings/encoding-outlier.parquet")["uid"])) >= 0.9 * len(known)
+    outliers = pl.read_parquet(out / "findings/encoding-outlier.parquet")
+    assert len(known & set(outliers["uid"])) >= 0.9 * len(known)
+    tag = "[0-9a-f]{4}"
+    kinds = rf"(JPEG, luma 2×2, 2 quantisation tables, segments {tag}|PNG, segments {tag}|no image that can be read)"
+    assert all(re.fullmatch(rf"{kinds}, parts {tag}, json keys {tag}", one) for one in outliers["group"].unique())
     cakes = found(out)["natural_backdoors-near_identical"].examples
     assert {example.caption for example in cakes} == {"A birthday cake with  candles"}
 
