@@ -168,6 +168,8 @@ class Run:
         """What an arm comes to; made where it is not there. The undefended arm, where it is needed, comes first."""
         if (row := self.kept(arm)) is not None:
             return row
+        from train.launch import thin
+
         if arm.watches:
             self.row(UNDEFENDED)
         begin = time.monotonic()
@@ -176,6 +178,8 @@ class Run:
             self.score()
         row = self._measured(arm) | {"seconds": time.monotonic() - begin}
         write(str(self._row(arm)), json.dumps(row, indent=1).encode())
+        if arm != UNDEFENDED:  # nobody looks through an arm's model while it learns
+            thin(str(self._model(arm)))
         return row
 
     def detectors(self) -> list[dict[str, Any]]:

@@ -210,6 +210,15 @@ def final_checkpoint(out: str) -> str:
     return join(out, json.loads(bytes(view(join(out, "train.json"))))["checkpoint"])
 
 
+def thin(out: str) -> None:
+    """Leave of a finished training its last weights, without earlier ones and the state that it could go on from."""
+    last = Path(final_checkpoint(out))
+    for earlier in last.parent.iterdir():
+        if earlier != last:
+            shutil.rmtree(earlier)
+    Path(out, "state.pt").unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(out: str) -> Iterator[None]:
     """One run at a time writes to OUT; the lock dies with its process."""

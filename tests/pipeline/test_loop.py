@@ -304,6 +304,8 @@ def test_dose_zero_is_trained_once_for_all_attacks_and_nothing_twice(place, tmp_
     assert rows.select("attack", "policy").n_unique() == len(rows) == 6 and set(rows["dose"]) == {0}
     assert rows["removed_share"].unique().sort().to_list() == pytest.approx([0, 9 / 96, 0.5])
     assert len(list(out.rglob("train.json"))) == 3
+    assert [len(list(m.rglob("open_clip_model.safetensors"))) for m in sorted(out.rglob("model"))] == [1, 1]
+    assert not list(out.rglob("model/state.pt")) and len(list(out.rglob("undefended/checkpoints/*"))) == 3
     # the same models, asked by another trigger
     first, second = (rows.filter(attack=attack) for attack in rows["attack"].unique(maintain_order=True))
     assert first["zeroshot_top1"].to_list() == second["zeroshot_top1"].to_list()
