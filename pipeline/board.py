@@ -5,6 +5,7 @@ training itself runs above the table.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -20,12 +21,12 @@ MARK = {"done": "●", "running": "◐"}
 
 
 class Board(AbstractContextManager["Board"]):
-    """One row an attack: arms done, the one that runs, and how the last ones came out."""
+    """One row an attack: how many arms are done, and which run."""
 
     def __init__(self, cost: Estimate):
         self.cost, self.begin = cost, time.monotonic()
         self.done: dict[str, list[dict[str, Any]]] = {}
-        self.running: tuple[Run, Arm] | None = None
+        self.running: dict[tuple[Run, Arm], None] = {}  # in the order in which they began
         self.spent: list[float] = []  # seconds of what was made by this command
         self.left = cost.left
         self.live = (
@@ -43,11 +44,12 @@ class Board(AbstractContextManager["Board"]):
         if self.live:
             self.live.__exit__(kind, error, trace)
 
-    def row(self, run: Run, arm: Arm) -> dict[str, Any]:
+    def row(self, run: Run, arm: Arm, make: Callable[[Run, Arm], dict[str, Any]]) -> dict[str, Any]:
         """The row of an arm, shown as running while it is made."""
-        self.running = (run, arm)
         there, trained = run.kept(arm), run.trained(arm)
-        row = there or run.row(arm)
+        self.running[run, arm] = None
+        row = there or make(run, arm)
+        del self.running[run, arm]
         self.done.setdefault(run.attack, []).append(row)
         if there is None:
             if not trained:  # at dose 0 the attacks after the first are only asked
@@ -55,7 +57,6 @@ class Board(AbstractContextManager["Board"]):
                 self.left = max(self.left - 1, 0)
             if not self.live:
                 console.print(f"loop: {self.headline()}")
-        self.running = None
         return row
 
     def headline(self) -> str:
@@ -64,7 +65,7 @@ class Board(AbstractContextManager["Board"]):
         each = sum(self.spent) / len(self.spent) if self.spent else self.cost.seconds
         gone = hours((time.monotonic() - self.begin) / 3600)
         done = sum(map(len, self.done.values()))
-        left = f"{most}{self.left:,} left, {most}{hours(self.left * each / 3600)}"
+        left = f"{most}{self.left:,} left, {most}{hours(self.left * each / self.cost.parallel / 3600)}"
         return f"{done:,} arms done, {left}; {gone} gone"
 
     def table(self) -> Table:
@@ -72,11 +73,10 @@ class Board(AbstractContextManager["Board"]):
         table = Table(title=self.headline(), title_justify="left", box=None, header_style="bold")
         for head in ("attack", "done", "running"):
             table.add_column(head, justify="right" if head == "done" else "left", overflow="fold")
-        running = {self.running[0].attack: self.running} if self.running else {}
+        running: dict[str, list[str]] = {}
+        for run, arm in [*self.running]:
+            running.setdefault(run.attack, []).append(f"{MARK['running']} {arm.name}, dose {run.dose}, seed {run.seed}")
         for attack in dict.fromkeys([*self.done, *running]):
-            now = ""
-            if attack in running:
-                run, arm = running[attack]
-                now = f"{MARK['running']} {arm.name}, dose {run.dose}, seed {run.seed}"
-            table.add_row(attack, f"{MARK['done']} {len(self.done.get(attack, []))}", now)
+            done = f"{MARK['done']} {len(self.done.get(attack, []))}"
+            table.add_row(attack, done, "\n".join(running.get(attack, [])))
         return table

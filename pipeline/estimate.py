@@ -22,13 +22,17 @@ Training = tuple[Path, str]  # folders: of the run, and in it of the arm
 
 @dataclass(frozen=True)
 class Estimate:
-    """`trainings` are the most there can be where `bisected`; `source` says how the `seconds` of one are known."""
+    """`trainings` are the most there can be where `bisected`; `source` says how the `seconds` of one are known.
+
+    Of which there are `parallel` at a time.
+    """
 
     trainings: int
     done: int
     bisected: bool
     seconds: float
     source: str
+    parallel: int = 1
 
     @property
     def left(self) -> int:
@@ -37,13 +41,13 @@ class Estimate:
     @property
     def hours(self) -> float:
         """Of what is left."""
-        return self.left * self.seconds / 3600
+        return self.left * self.seconds / self.parallel / 3600
 
     def __str__(self) -> str:
         most = "at most " if self.bisected else ""
         return (
             f"{most}{self.trainings:,} trainings, {self.done:,} of them done; {most}{hours(self.hours)} left "
-            f"({self.seconds:,.0f} s each, {self.source})"
+            f"({self.seconds:,.0f} s each{f', {self.parallel} at a time' if self.parallel > 1 else ''}, {self.source})"
         )
 
 
@@ -64,7 +68,7 @@ def grid_of(dose: str) -> Sequence[str]:
     return adaptive.grid if adaptive else (dose,)
 
 
-def estimate(plan: Config, out: Path) -> Estimate:
+def estimate(plan: Config, out: Path, parallel: int = 1) -> Estimate:
     """From what OUT holds; where it holds no training, from bare steps on this machine."""
     arms, searches = arms_of(plan), [found for dose in plan.doses if (found := Adaptive.parse(dose))]
     fixed = [dose for dose in plan.doses if not Adaptive.parse(dose)]
@@ -85,8 +89,8 @@ def estimate(plan: Config, out: Path) -> Estimate:
     if spent:
         seconds, source = sum(spent.values()) / len(spent), f"the mean of the {len(spent)} in OUT"
     else:
-        seconds, source = _calibrated(plan)
-    return Estimate(len(done) + left, len(done), bool(searches), seconds, source)
+        seconds, source = _calibrated(plan, parallel)
+    return Estimate(len(done) + left, len(done), bool(searches), seconds, source, parallel)
 
 
 def hours(value: float) -> str:
@@ -122,13 +126,20 @@ def _left(plan: Config, attack: str, adaptive: Adaptive, out: Path, arms: Sequen
     return total
 
 
-def _calibrated(plan: Config) -> tuple[float, str]:
+def _calibrated(plan: Config, parallel: int) -> tuple[float, str]:
+    """Seconds of a training among as many; cores are shared, and a GPU is not."""
+    import torch
+
     from train.pace import pairs_per_second
     from train.recipes import recipe_of
 
     recipe = recipe_of(plan.recipe)
     console.print(f"estimate: timing bare steps of {plan.recipe!r}, for there is no row in OUT yet", style="dim")
-    pace, pairs = pairs_per_second(recipe), sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards))
+    at_once = 1 if torch.cuda.is_available() else parallel
+    pace, pairs = (
+        pairs_per_second(recipe) / at_once,
+        sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards)),
+    )
     seconds = BESIDES * pairs * recipe.epochs / pace + ASIDE
     return (
         seconds,

@@ -3,15 +3,16 @@
 One undefended training serves all detectors that score it, and all defenses that repair it; at dose 0 one serves all
 attacks. A dose `adaptive(…)` is a bisection for each attack, arm and seed (pipeline/doses.py).
 
-Trade-off: trainings run one after the other, each on all cores or the GPU there is, and meet in files; so a killed
-loop goes on where it was and any stage can be looked at. Side by side they would gain little on few cores and need as
-many models' memory. On a cluster, submit a config for each seed into the same OUT, and then the whole one, which finds
-those runs done (a bisection may add the arms of a seed with which the attack fails) and makes the table.
+Trade-off: stages meet in files, so a killed loop goes on where it was and any stage can be looked at, and what is
+written takes disk. Of all attacks the undefended models come first: who watches knows soon which attacks work, and
+waits longer for the first filter.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any
 
 import tyro
@@ -22,8 +23,9 @@ from pipeline.board import Board
 from pipeline.config import Config
 from pipeline.doses import Adaptive, Search
 from pipeline.errors import InputError
-from pipeline.estimate import estimate, hours, runs_of
+from pipeline.estimate import estimate, grid_of, hours, runs_of
 from pipeline.inputs import EARLIER
+from pipeline.lanes import Lanes
 from pipeline.plan import Dose
 from pipeline.policies._select import column
 from pipeline.progress import console
@@ -33,7 +35,7 @@ from pipeline.shards import list_shards
 from pipeline.shards.store import make_folder
 from train.results import judged
 
-Made = tuple[Run, Arm, dict[str, Any]]
+Row = dict[str, Any]
 
 
 def loop(
@@ -41,6 +43,7 @@ def loop(
     out: Out,
     /,
     *,
+    parallel: int = 1,
     dry_run: bool = False,
     max_hours: float = 72.0,
 ) -> int:
@@ -52,13 +55,16 @@ def loop(
 
     Args:
         config: TOML file; docs/formats.md describes it.
-        out: folder for all runs.
+        out: folder for all runs; on a cluster one that all nodes see.
+        parallel: trainings at a time, on Ray: a GPU each, or a share of the cores, where one core each gets furthest.
         dry_run: say how many trainings there are, how many OUT has already and what the others will take; do nothing.
         max_hours: refuse to start what is estimated to take longer.
     """
     plan, folder = Config.read(config), Path(out).absolute()
     _check(plan)
-    cost = estimate(plan, folder)
+    if parallel < 1:
+        raise InputError(f"--parallel {parallel}: at least one training at a time")
+    cost = estimate(plan, folder, parallel)
     console.print(f"loop: recipe {plan.recipe!r}, {cost}")
     if dry_run:
         if cost.hours > max_hours:
@@ -70,12 +76,13 @@ def loop(
             f"{max_hours:g}; take fewer attacks, doses, arms or seeds, or a larger --max-hours"
         )
     make_folder(str(folder))
-    before = _kept(plan, folder)  # a loop that is started again and stopped soon has no fewer rows than it had
-    made: dict[tuple[Run, Arm], dict[str, Any]] = {}
+    lanes = Lanes(parallel)
+    for run in _dearest(plan, folder):  # what cannot be poisoned as asked is found before the first training
+        run.poison()
     with Board(cost) as board:
-        for run, arm, row in _made(plan, folder, board):
-            made[run, arm] = row
-            write_rows(folder / FILE, [*(before | made).values()])
+        table = _Table(plan, folder, board, lanes)
+        _make(plan, folder, table.row, lanes.each)
+    made = {one: table.made[one] for one in table.asked if one in table.made}
     arms = [*made.values()]
     write_rows(folder / FILE, arms)
     _say_mixed(arms)
@@ -93,55 +100,54 @@ def loop(
     return 0
 
 
-def _made(plan: Config, out: Path, board: Board) -> Iterator[Made]:
-    """Every row, as it is made. What cannot be poisoned as asked is found before the first training."""
-    for run in _dearest(plan, out):
-        run.poison()
-    arms = arms_of(plan)
-    for attack in plan.attacks:
-        for dose in plan.doses:
-            if search := Adaptive.parse(dose):
-                yield from _bisected(plan, attack, search, out, board, arms)
-                continue
-            for seed in plan.seeds:
-                run = Run(plan, attack, dose, seed, out)
-                yield from ((run, arm, board.row(run, arm)) for arm in arms)
+class _Table:
+    """Each row once, by who asks first; results.parquet is written with each."""
+
+    def __init__(self, plan: Config, out: Path, board: Board, lanes: Lanes):
+        self.out, self.board, self.lanes = out, board, lanes
+        self.asked = [(run, arm) for run in runs_of(plan, out) for arm in arms_of(plan)]
+        self.made: dict[tuple[Run, Arm], Row] = {}
+        # a loop that is started again and stopped soon has no fewer rows than it had
+        self.before = {(run, arm): row for run, arm in self.asked if (row := run.kept(arm))}
+        self.writing = Lock()
+
+    def row(self, run: Run, arm: Arm) -> Row:
+        with self.lanes.alone((run.folder, arm)):  # at dose 0 the attacks share a training
+            if (run, arm) not in self.made:
+                row = self.board.row(run, arm, self.lanes.row)
+                with self.writing:
+                    self.made[run, arm] = row
+                    known = self.before | self.made
+                    write_rows(self.out / FILE, [known[one] for one in self.asked if one in known])
+        return self.made[run, arm]
 
 
-def _bisected(plan: Config, attack: str, search: Adaptive, out: Path, board: Board, arms: list[Arm]) -> Iterator[Made]:
-    """Rows of one attack. Where it fails undefended with every seed, nothing can be credited, and no arm is run.
+def _make(plan: Config, out: Path, row: Callable[[Run, Arm], Row], each: Callable[..., list[bool]]) -> None:
+    """Ask for every row: of each attack, dose, seed and arm those of its search.
 
-    Where it works with any, all seeds have every arm: the seeds with which an attack works are the easy ones, and a
+    Where an attack fails undefended with every seed of a bisection, nothing can be credited, and no arm is run. Where
+    it works with any, all seeds have every arm: the seeds with which an attack works are the easy ones, and a
     protection factor of those alone would be of a selection.
     """
-    states = {(seed, arm): Search(search.grid) for seed in plan.seeds for arm in arms}
-    made: set[tuple[str, int, Arm]] = set()
 
-    def told(dose: str, seed: int, arm: Arm) -> Iterator[Made]:
-        if (dose, seed, arm) not in made:
-            made.add((dose, seed, arm))
-            run = Run(plan, attack, dose, seed, out)
-            row = board.row(run, arm)
-            states[seed, arm].tell(dose, judged(row)[1])
-            yield run, arm, row
-
-    for seed in plan.seeds:
-        while dose := states[seed, UNDEFENDED].next:
-            yield from told(dose, seed, UNDEFENDED)
-    if not any(states[seed, UNDEFENDED].reached for seed in plan.seeds):
-        console.print(f"{attack}: not reached at {search.grid[-1]}, so no filter or defense is tried")
-        return
-    for seed, arm in states:
-        while dose := states[seed, arm].next:
+    def search(attack: str, dose: str, seed: int, arm: Arm) -> bool:
+        """Whether the arm's success is one half at some dose."""
+        found = Search(tuple(grid_of(dose)))
+        while at := found.next:
+            run = Run(plan, attack, at, seed, out)
             if arm.watches:
-                yield from told(dose, seed, UNDEFENDED)
-            yield from told(dose, seed, arm)
+                row(run, UNDEFENDED)
+            found.tell(at, judged(row(run, arm))[1])
+        return found.reached
 
-
-def _kept(plan: Config, out: Path) -> dict[tuple[Run, Arm], dict[str, Any]]:
-    """The rows that are there, by run and arm."""
-    asked = ((run, arm) for run in runs_of(plan, out) for arm in arms_of(plan))
-    return {(run, arm): row for run, arm in asked if (row := run.kept(arm))}
+    asked = [*itertools.product(plan.attacks, plan.doses, plan.seeds)]
+    works: dict[tuple[str, str], bool] = {}
+    for (attack, dose, _), reached in zip(asked, each(search, [(*one, UNDEFENDED) for one in asked]), strict=True):
+        works[attack, dose] = works.get((attack, dose), False) or reached or not Adaptive.parse(dose)
+    for attack, dose in (failing for failing, any_seed in works.items() if not any_seed):
+        console.print(f"{attack}: not reached at {grid_of(dose)[-1]}, so no filter or defense is tried")
+    arms = [arm for arm in arms_of(plan) if arm != UNDEFENDED]
+    each(search, [(*one, arm) for one in asked if works[one[:2]] for arm in arms])
 
 
 def _dearest(plan: Config, out: Path) -> list[Run]:

@@ -168,15 +168,25 @@ class Run:
         """What an arm comes to; made where it is not there. The undefended arm, where it is needed, comes first."""
         if (row := self.kept(arm)) is not None:
             return row
-        from train.launch import thin
-
         if arm.watches:
             self.row(UNDEFENDED)
         begin = time.monotonic()
+        self.prepare(arm)
+        return self.measure(arm, time.monotonic() - begin)
+
+    def prepare(self, arm: Arm) -> None:
+        """What arms share: the poisoned shards, and scores for those that filter."""
         self.poison()
         if arm.filter:
             self.score()
-        row = self._measured(arm) | {"seconds": time.monotonic() - begin}
+
+    def measure(self, arm: Arm, spent: float) -> dict[str, Any]:
+        """The row of an arm for which all is prepared, which took `spent` seconds."""
+        from train.launch import thin
+
+        begin = time.monotonic()
+        row = self._measured(arm)
+        row |= {"seconds": spent + time.monotonic() - begin}
         write(str(self._row(arm)), json.dumps(row, indent=1).encode())
         if arm != UNDEFENDED:  # nobody looks through an arm's model while it learns
             thin(str(self._model(arm)))

@@ -3,8 +3,10 @@
 import html
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,10 +19,10 @@ from conftest import pairs, write_tar
 from pipeline import runs
 from pipeline.board import Board
 from pipeline.config import Config
-from pipeline.doses import Adaptive
 from pipeline.errors import InputError
-from pipeline.estimate import Estimate, estimate
-from pipeline.loop import _bisected, loop
+from pipeline.estimate import estimate
+from pipeline.lanes import Lanes, _share
+from pipeline.loop import _make, loop
 from pipeline.report.summary import write_report
 from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
 from pipeline.score import scored_by
@@ -76,6 +78,8 @@ def test_a_grid_that_cannot_be_is_refused_at_once(place, tmp_path):
     for twice in ({"seeds": [0, 1, 0]}, {"doses": ["1%", "1%"]}):
         with pytest.raises(InputError, match="is there twice"):
             loop(config(place, **twice), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="--parallel 0: at least one"):
+        loop(config(place), str(tmp_path / "out"), parallel=0, dry_run=True)
     for wrong, told in {"doses": "no doses", "attacks": "no attacks", "seeds": "no seeds"}.items():
         with pytest.raises(InputError, match=told):
             loop(config(place, **{wrong: []}), str(tmp_path / "out"))
@@ -105,16 +109,21 @@ def finished(file, out) -> None:
         (run.folder / "undefended/checkpoints/epoch_004").mkdir(parents=True, exist_ok=True)
 
 
-class _Told(Board):
-    """A board that answers from a rule instead of training: each arm works from a dose on."""
+def alike(rows: pl.DataFrame) -> pl.DataFrame:
+    """Without what the clock says."""
+    seconds = ("seconds", "train_seconds", "train_cpu_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
+    return rows.drop(seconds)
+
+
+class _Told:
+    """A table that answers from a rule instead of training: each arm works from a dose on."""
 
     def __init__(self, works_from: dict[str, int], harder: int = 0):
-        super().__init__(Estimate(1, 0, True, 1.0, "told"))
-        self.works_from, self.harder, self.asked = works_from, harder, []
+        self.works_from, self.harder, self.asked = works_from, harder, {}
 
     def row(self, run, arm):
         """With every further seed from `harder` more poisons on."""
-        self.asked.append((run.seed, int(run.dose), arm.folder))
+        self.asked[run.seed, int(run.dose), arm.folder] = True
         works = int(run.dose) >= self.works_from[arm.folder] + run.seed * self.harder
         return {"asr_text": float(works), "asr_text_n": 10}
 
@@ -136,34 +145,34 @@ def test_what_is_left_is_counted_in_trainings_and_after_what_the_searches_know(p
     file = config(place, attacks=["sig(target='banana')"], doses=[GRID])
     plan, arms, out = Config.read(file), arms_of(Config.read(file)), tmp_path / "bisected"
 
+    left = []
+
     class Kept(_Told):
         def row(self, run, arm):
             row = super().row(run, arm)
             run._row(arm).parent.mkdir(parents=True, exist_ok=True)
             run._row(arm).write_text(json.dumps(row | {"seconds": 1.0, "dataset_digest": ""}))
+            left.append(estimate(plan, run.out).left)
             return row
 
     most = estimate(plan, out).trainings
-    left = []
-    for _ in _bisected(plan, plan.attacks[0], Adaptive.parse(GRID), out, Kept({a.folder: 8 for a in arms}), arms):
-        left.append(estimate(plan, out).left)
-    assert len(left) <= most and left[-1] == 0 and left == sorted(left, reverse=True)
-    assert estimate(plan, out).done == len(left)
+    _make(plan, out, Kept({a.folder: 8 for a in arms}).row, Lanes(1).each)
+    assert left[-1] == 0 and left == sorted(left, reverse=True)
+    assert estimate(plan, out).done == len(set(left)) <= most
     failed = tmp_path / "failed"
-    for _ in _bisected(plan, plan.attacks[0], Adaptive.parse(GRID), failed, Kept({a.folder: 99 for a in arms}), arms):
-        assert estimate(plan, failed).left == 0  # not reached at the highest dose: one training says all
+    left.clear()
+    _make(plan, failed, Kept({a.folder: 99 for a in arms}).row, Lanes(1).each)
+    assert left == [0]  # not reached at the highest dose: one training says all
 
 
 def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, tmp_path):
-    plan, grid = Config.read(config(place, doses=[GRID])), Adaptive.parse(GRID)
-    arms = arms_of(plan)
-    none, weak, strong = (arm.folder for arm in arms)
+    plan = Config.read(config(place, doses=[GRID], attacks=["sig(target='banana')"]))
+    none, weak, strong = (arm.folder for arm in arms_of(plan))
 
     def asked(works_from):
-        board = _Told(works_from)
-        list(_bisected(plan, plan.attacks[0], grid, tmp_path, board, arms))
-        assert len(board.asked) == len({*board.asked})  # nothing twice
-        return [(dose, arm) for _, dose, arm in board.asked]
+        told = _Told(works_from)
+        _make(plan, tmp_path, told.row, Lanes(1).each)
+        return [(dose, arm) for _, dose, arm in told.asked]
 
     found = asked({none: 8, weak: 16, strong: 1000})
     assert [dose for dose, arm in found if arm == strong] == [64]  # not reached: one run
@@ -173,15 +182,38 @@ def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, t
 
 
 def test_once_an_attack_works_with_one_seed_every_seed_has_every_arm(place, tmp_path):
-    plan, grid = Config.read(config(place, doses=[GRID], seeds=[0, 1, 2])), Adaptive.parse(GRID)
+    plan = Config.read(config(place, doses=[GRID], seeds=[0, 1, 2], attacks=["sig(target='banana')"]))
     arms = arms_of(plan)
-    board = _Told({arm.folder: 8 for arm in arms}, harder=100)  # seeds 1 and 2 are not reached at 64
-    list(_bisected(plan, plan.attacks[0], grid, tmp_path, board, arms))
-    assert {(seed, arm) for seed, _, arm in board.asked} == {(seed, arm.folder) for seed in (0, 1, 2) for arm in arms}
-    assert [dose for seed, dose, arm in board.asked if seed == 1] == [64, 64, 64]
+    told = _Told({arm.folder: 8 for arm in arms}, harder=100)  # seeds 1 and 2 are not reached at 64
+    _make(plan, tmp_path, told.row, Lanes(1).each)
+    assert {(seed, arm) for seed, _, arm in told.asked} == {(seed, arm.folder) for seed in (0, 1, 2) for arm in arms}
+    assert [dose for seed, dose, arm in told.asked if seed == 1] == [64, 64, 64]
     nobody = _Told({arm.folder: 1000 for arm in arms})
-    list(_bisected(plan, plan.attacks[0], grid, tmp_path, nobody, arms))
-    assert nobody.asked == [(seed, 64, "undefended") for seed in (0, 1, 2)]
+    _make(plan, tmp_path, nobody.row, Lanes(1).each)
+    assert [*nobody.asked] == [(seed, 64, "undefended") for seed in (0, 1, 2)]
+
+
+def test_undefended_models_come_first_and_a_plain_dose_has_every_arm(place, tmp_path):
+    plan = Config.read(config(place, doses=["2", "64"], seeds=[0, 1]))
+    told = _Told({arm.folder: 1000 for arm in arms_of(plan)})
+    asked = []
+    _make(plan, tmp_path, lambda *one: asked.append(one) or told.row(*one), Lanes(1).each)
+    assert all(arm == UNDEFENDED for _, arm in asked[: 2 * 2 * 2])
+    assert len({*asked}) == 2 * 2 * 2 * 3  # attacks, doses, seeds, arms
+
+
+def test_trainings_side_by_side_share_the_cores_or_take_a_gpu_each():
+    def node(cpus, gpus=0, alive=True):
+        return {"Alive": alive, "Resources": {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})}
+
+    assert _share([node(2)], 2) == {"num_cpus": 1}
+    assert _share([node(16), node(4)], 3) == {"num_cpus": 5}  # not six: three of them would not fit
+    assert _share([node(16), node(4, alive=False)], 4) == {"num_cpus": 4}
+    assert _share([node(16, 4), node(16)], 4) == {"num_gpus": 1, "num_cpus": 1}
+    with pytest.raises(InputError, match="--parallel 5: there are 4 GPUs"):
+        _share([node(16, 4)], 5)
+    with pytest.raises(InputError, match="--parallel 3: there are 2 cores"):
+        _share([node(2)], 3)
 
 
 def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(place, tmp_path):
@@ -289,7 +321,7 @@ def test_a_loop_that_is_stopped_soon_keeps_the_rows_of_the_one_before(place, tmp
     assert loop(file, str(tmp_path)) == 0
     whole = pl.read_parquet(tmp_path / "results.parquet")
     of = Board.row
-    monkeypatch.setattr(Board, "row", lambda board, run, arm: 1 / 0 if run.seed else of(board, run, arm))
+    monkeypatch.setattr(Board, "row", lambda board, run, *more: 1 / 0 if run.seed else of(board, run, *more))
     with pytest.raises(ZeroDivisionError):
         loop(file, str(tmp_path))
     assert pl.read_parquet(tmp_path / "results.parquet").sort(whole.columns[:9]).equals(whole.sort(whole.columns[:9]))
@@ -342,8 +374,48 @@ def test_a_bisection_that_is_killed_comes_to_the_same(place, tmp_path):
     assert not (out / "report.html").exists()
     assert loop(file, str(out)) == 0
     assert all(path.read_bytes() == before for path, before in kept.items())
-    seconds = ("seconds", "train_seconds", "train_cpu_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
-    killed, not_killed = (pl.read_parquet(folder / "results.parquet").drop(seconds) for folder in (out, whole))
+    killed, not_killed = (alike(pl.read_parquet(folder / "results.parquet")) for folder in (out, whole))
     assert killed.equals(not_killed)
     assert 64 in killed["dose"] and set(killed["arm"]) in ({"undefended"}, {"undefended", "random"})
     assert "patch" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_trainings_side_by_side_come_to_the_same_and_an_interrupt_loses_nothing(place, tmp_path):
+    file = config(place, doses=["0", "64"], scores=("random", "clip_score"))
+    apart, out = tmp_path / "apart", tmp_path / "beside"
+    command = [sys.executable, "-m", "pipeline.cli", "loop", file]
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}  # as each of two has: sums over more threads are rounded otherwise
+    subprocess.run([*command, str(apart)], env=one_core, check=True)
+    command += [str(out), "--parallel", "2"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not [*out.rglob("row-*.json")]:
+        assert job.poll() is None, "ended before it was interrupted"
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode == 130 and "the same command" in said and "Traceback" not in said
+    done = {path: path.read_bytes() for path in out.rglob("row-*.json")}
+    assert not (out / "report.html").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert all(path.read_bytes() == before for path, before in done.items())
+    beside, one_by_one = (alike(pl.read_parquet(folder / "results.parquet")) for folder in (out, apart))
+    assert beside.equals(one_by_one)
+    logs = [*out.rglob("filter-*/log.txt"), *out.rglob("undefended/log.txt")]
+    assert len(logs) == 3 * 3 and "epoch 12/12" in logs[0].read_text() and "epoch 12/12" not in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_error_in_one_of_several_trainings_ends_the_loop_with_its_reason(place, tmp_path):
+    file = config(place, doses=["10"], attacks=["patch(target='banana', size=64)"])
+    out = tmp_path / "out"
+    plan = Config.read(file)
+    taken = Run(plan, plan.attacks[0], "10", 0, out).folder / "undefended"
+    taken.mkdir(parents=True)
+    (taken / "state.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds a training without its spec.json"):
+        loop(file, str(out), parallel=2)
