@@ -33,6 +33,8 @@ class Lanes:
         self._locks: dict[Any, Lock] = {}
         self._ready: set[tuple[Run, bool]] = set()  # runs that are poisoned, and those that are scored
         self._running: set[Any] = set()
+        self._submitting = Lock()
+        self._over = False
 
     def alone(self, what: Any) -> Lock:
         """The same lock for the same thing."""
@@ -57,21 +59,23 @@ class Lanes:
         """What `run.row(arm)` is; of an arm that watches, after the undefended one."""
         if self.count == 1 or run.kept(arm):
             return run.row(arm)
-        begin = time.monotonic()
         with self.alone(run.folder):  # the jobs over its shards write to folders that its arms share
+            begin = time.monotonic()
             if (run, bool(arm.filter)) not in self._ready:
                 self._done(_prepared, run, arm, run.folder / LOG, num_cpus=0)
                 self._ready |= {(run, False), (run, bool(arm.filter))}
-        made: dict[str, Any] = self._done(
-            _measured, run, arm, run.folder / arm.folder / LOG, time.monotonic() - begin, **self.share
-        )
+            spent = time.monotonic() - begin
+        made: dict[str, Any] = self._done(_measured, run, arm, run.folder / arm.folder / LOG, spent, **self.share)
         return made
 
     def _done(self, function: Callable[..., Any], run: Run, arm: Arm, log: Path, *more: Any, **options: Any) -> Any:
         ray = connected()
         task = ray.remote(function).options(max_retries=RETRIES, **options)
-        reference = task.remote(run, arm, log, Path.cwd(), *more)
-        self._running.add(reference)
+        with self._submitting:
+            if self._over:  # while this arm waited for another
+                raise InputError(f"{log}: not begun, for another arm failed")
+            reference = task.remote(run, arm, log, Path.cwd(), *more)
+            self._running.add(reference)
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -87,7 +91,9 @@ class Lanes:
 
     def _end(self) -> None:
         """Interrupt what runs, as Ctrl-C does: it clears away what it began to write."""
-        ray, running = connected(), [*self._running]
+        ray = connected()
+        with self._submitting:
+            self._over, running = True, [*self._running]
         for reference in running:
             ray.cancel(reference)
         if running:
