@@ -135,11 +135,8 @@ def _calibrated(plan: Config, parallel: int) -> tuple[float, str]:
 
     recipe = recipe_of(plan.recipe)
     console.print(f"estimate: timing bare steps of {plan.recipe!r}, for there is no row in OUT yet", style="dim")
-    at_once = 1 if torch.cuda.is_available() else parallel
-    pace, pairs = (
-        pairs_per_second(recipe) / at_once,
-        sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards)),
-    )
+    pace = pairs_per_second(recipe) / (1 if torch.cuda.is_available() else parallel)
+    pairs = sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards))
     seconds = BESIDES * pairs * recipe.epochs / pace + ASIDE
     return (
         seconds,

@@ -57,7 +57,7 @@ class Lanes:
 
     def row(self, run: Run, arm: Arm) -> dict[str, Any]:
         """What `run.row(arm)` is; of an arm that watches, after the undefended one."""
-        if self.count == 1 or run.kept(arm):
+        if self.count == 1:
             return run.row(arm)
         with self.alone(run.folder):  # the jobs over its shards write to folders that its arms share
             begin = time.monotonic()

@@ -20,9 +20,9 @@ from pipeline import runs
 from pipeline.board import Board
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.estimate import estimate
+from pipeline.estimate import Estimate, estimate
 from pipeline.lanes import Lanes, _share
-from pipeline.loop import _make, loop
+from pipeline.loop import _make, _Table, loop
 from pipeline.report.summary import write_report
 from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
 from pipeline.score import scored_by
@@ -115,15 +115,22 @@ def alike(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.drop(seconds)
 
 
-class _Told:
-    """A table that answers from a rule instead of training: each arm works from a dose on."""
+class _Told(Board):
+    """A board that answers from a rule instead of training: each arm works from a dose on."""
 
     def __init__(self, works_from: dict[str, int], harder: int = 0):
-        self.works_from, self.harder, self.asked = works_from, harder, {}
+        super().__init__(Estimate(1, 0, True, 1.0, "told"))
+        self.works_from, self.harder, self.asked = works_from, harder, []
 
-    def row(self, run, arm):
+    def ask(self, plan, out):
+        """Every row that a loop would make."""
+        out.mkdir(exist_ok=True)
+        lanes = Lanes(1)
+        _make(plan, out, _Table(plan, out, self, lanes).row, lanes.each)
+
+    def row(self, run, arm, make):
         """With every further seed from `harder` more poisons on."""
-        self.asked[run.seed, int(run.dose), arm.folder] = True
+        self.asked.append((run.seed, int(run.dose), arm.folder))
         works = int(run.dose) >= self.works_from[arm.folder] + run.seed * self.harder
         return {"asr_text": float(works), "asr_text_n": 10}
 
@@ -148,20 +155,20 @@ def test_what_is_left_is_counted_in_trainings_and_after_what_the_searches_know(p
     left = []
 
     class Kept(_Told):
-        def row(self, run, arm):
-            row = super().row(run, arm)
+        def row(self, run, arm, make):
+            row = super().row(run, arm, make)
             run._row(arm).parent.mkdir(parents=True, exist_ok=True)
             run._row(arm).write_text(json.dumps(row | {"seconds": 1.0, "dataset_digest": ""}))
             left.append(estimate(plan, run.out).left)
             return row
 
     most = estimate(plan, out).trainings
-    _make(plan, out, Kept({a.folder: 8 for a in arms}).row, Lanes(1).each)
-    assert left[-1] == 0 and left == sorted(left, reverse=True)
-    assert estimate(plan, out).done == len(set(left)) <= most
+    Kept({a.folder: 8 for a in arms}).ask(plan, out)
+    assert len(left) <= most and left[-1] == 0 and left == sorted(left, reverse=True)
+    assert estimate(plan, out).done == len(left)
     failed = tmp_path / "failed"
     left.clear()
-    _make(plan, failed, Kept({a.folder: 99 for a in arms}).row, Lanes(1).each)
+    Kept({a.folder: 99 for a in arms}).ask(plan, failed)
     assert left == [0]  # not reached at the highest dose: one training says all
 
 
@@ -171,7 +178,8 @@ def test_a_bisection_asks_each_arm_only_what_it_needs_and_shares_models(place, t
 
     def asked(works_from):
         told = _Told(works_from)
-        _make(plan, tmp_path, told.row, Lanes(1).each)
+        told.ask(plan, tmp_path)
+        assert len(told.asked) == len({*told.asked})  # nothing twice
         return [(dose, arm) for _, dose, arm in told.asked]
 
     found = asked({none: 8, weak: 16, strong: 1000})
@@ -185,21 +193,20 @@ def test_once_an_attack_works_with_one_seed_every_seed_has_every_arm(place, tmp_
     plan = Config.read(config(place, doses=[GRID], seeds=[0, 1, 2], attacks=["sig(target='banana')"]))
     arms = arms_of(plan)
     told = _Told({arm.folder: 8 for arm in arms}, harder=100)  # seeds 1 and 2 are not reached at 64
-    _make(plan, tmp_path, told.row, Lanes(1).each)
+    told.ask(plan, tmp_path)
     assert {(seed, arm) for seed, _, arm in told.asked} == {(seed, arm.folder) for seed in (0, 1, 2) for arm in arms}
     assert [dose for seed, dose, arm in told.asked if seed == 1] == [64, 64, 64]
     nobody = _Told({arm.folder: 1000 for arm in arms})
-    _make(plan, tmp_path, nobody.row, Lanes(1).each)
-    assert [*nobody.asked] == [(seed, 64, "undefended") for seed in (0, 1, 2)]
+    nobody.ask(plan, tmp_path)
+    assert nobody.asked == [(seed, 64, "undefended") for seed in (0, 1, 2)]
 
 
 def test_undefended_models_come_first_and_a_plain_dose_has_every_arm(place, tmp_path):
     plan = Config.read(config(place, doses=["2", "64"], seeds=[0, 1]))
     told = _Told({arm.folder: 1000 for arm in arms_of(plan)})
-    asked = []
-    _make(plan, tmp_path, lambda *one: asked.append(one) or told.row(*one), Lanes(1).each)
-    assert all(arm == UNDEFENDED for _, arm in asked[: 2 * 2 * 2])
-    assert len({*asked}) == 2 * 2 * 2 * 3  # attacks, doses, seeds, arms
+    told.ask(plan, tmp_path)
+    assert {arm for _, _, arm in told.asked[: 2 * 2 * 2]} == {UNDEFENDED.folder}
+    assert len(told.asked) == 2 * 2 * 2 * 3  # attacks, doses, seeds, arms
 
 
 def test_trainings_side_by_side_share_the_cores_or_take_a_gpu_each():
