@@ -7,7 +7,9 @@ from pipeline.report.text import one_line
 
 MOST = 3  # examples of a finding
 MARKS = {"severe": "🔴", "warning": "🟠", "note": "🔵", "clean": "🟢"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()&+!|~:-]|(?<=www)\.)")  # the last two make links
+# No more than a renderer needs, for people read this as text too: underscores within a word and colons before a space
+# stay. The last two make links.
+_SPECIAL = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.")
 # A forge looks for people and for issues after it has taken escapes out, so these become characters that name nobody.
 _WIDE = str.maketrans({"@": "\uff20", "#": "\uff03"})
 
@@ -46,8 +48,8 @@ def share(finding: Finding) -> str:
 
 
 def plain(text: str) -> str:
-    """One line in which nothing is markup."""
-    return _SPECIAL.sub(r"\\\1", one_line(text, 1_000)).translate(_WIDE)
+    """Text in which nothing is markup, for anywhere but the begin of a line."""
+    return _SPECIAL.sub(r"\\\g<0>", one_line(text, 1_000)).translate(_WIDE)
 
 
 def _section(finding: Finding) -> list[str]:
@@ -55,5 +57,5 @@ def _section(finding: Finding) -> list[str]:
     lines += [f"Source: {plain(finding.source)}.", "", "```", one_line(finding.action, 2_000).replace("`", "'"), "```"]
     for example in finding.examples[:MOST]:
         caption = plain(example.caption) if example.caption else "–"
-        lines.append(f"- {plain(example.uid)} in {plain(example.shard)}: {caption} ({plain(example.why)})")
+        lines.append(f"- pair {plain(example.uid)} in {plain(example.shard)}: {caption} ({plain(example.why)})")
     return lines

@@ -10,11 +10,13 @@ import re
 import shlex
 from pathlib import Path
 
+import cmarkgfm
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cmarkgfm.cmark import Options
 from conftest import write_tar
 from PIL import Image
 
@@ -445,7 +447,9 @@ def test_hostile_captions_harm_neither_json_nor_markdown(tmp_path):
         assert raw not in text
     # a forge decodes entities and takes escapes out before it looks for whom to call
     assert "\\&commat;octocat" in text and "#12" not in text
-    assert not re.search(r"(?<!\\)[<!\[]", text)  # all are escaped
+    html = cmarkgfm.github_flavored_markdown_to_html(text, Options.CMARK_OPT_UNSAFE)
+    ours = "h1 h2 h3 p br pre code ul li table thead tbody tr th td".split()
+    assert {*re.findall(r"</?([^ >]*)", html)} <= {*ours}
     flood = found(tmp_path / "out")["captions-flood"]
     assert flood.examples[0].caption == hostile
     assert flood.n == 80 + 2 * 66
@@ -568,11 +572,11 @@ def test_the_most_alike_images_are_those_of_an_exhaustive_search(planted):
 def test_two_audits_are_compared(planted, untouched, capsys):
     assert compare(str(untouched[1]), str(planted[1] / "audit.json")) == 0
     said = capsys.readouterr().out
-    assert "| new | – → 🔴 severe | natural\\_backdoors\\: near\\_identical | – → 8 |" in said
-    assert "| new (A did not look, or not at everything) | – → 🔴 severe | confounds\\: known\\_poison |" in said
+    assert "| new | – → 🔴 severe | natural_backdoors: near_identical | – → 8 |" in said
+    assert "| new (A did not look, or not at everything) | – → 🔴 severe | confounds: known_poison |" in said
     assert re.search(r"\| onefarm\.com \| (\?|–) → 1\d\d \|", said)
     assert compare(str(planted[1]), str(untouched[1])) == 0
-    assert "| gone | 🔴 severe → – | natural\\_backdoors\\: near\\_identical | 8 → – |" in capsys.readouterr().out
+    assert "| gone | 🔴 severe → – | natural_backdoors: near_identical | 8 → – |" in capsys.readouterr().out
     assert compare(str(planted[1]), str(planted[1])) == 0
     said = capsys.readouterr().out
     assert "Both are of the same data." in said
