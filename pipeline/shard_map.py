@@ -2,7 +2,7 @@
 
 Trade-off: plain tasks with marker files know nothing of Ray Data's blocks, so there is no streaming between stages; in
 return a shard keeps its name and its bytes, memory is bounded by the shard, and any run can be killed at any moment.
-The only module here that imports ray.
+Ray itself is reached through `pipeline.cluster` alone.
 """
 
 import dataclasses
