@@ -3,10 +3,8 @@
 import html
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +19,7 @@ from pipeline.board import Board
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.estimate import Estimate, estimate
-from pipeline.lanes import Lanes, _share
+from pipeline.lanes import Lanes
 from pipeline.loop import _make, _Table, loop
 from pipeline.report.summary import write_report
 from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
@@ -209,20 +207,6 @@ def test_undefended_models_come_first_and_a_plain_dose_has_every_arm(place, tmp_
     assert len(told.asked) == 2 * 2 * 2 * 3  # attacks, doses, seeds, arms
 
 
-def test_trainings_side_by_side_share_the_cores_or_take_a_gpu_each():
-    def node(cpus, gpus=0, alive=True):
-        return {"Alive": alive, "Resources": {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})}
-
-    assert _share([node(2)], 2) == {"num_cpus": 1}
-    assert _share([node(16), node(4)], 3) == {"num_cpus": 5}  # not six: three of them would not fit
-    assert _share([node(16), node(4, alive=False)], 4) == {"num_cpus": 4}
-    assert _share([node(16, 4), node(16)], 4) == {"num_gpus": 1, "num_cpus": 1}
-    with pytest.raises(InputError, match="--parallel 5: there are 4 GPUs"):
-        _share([node(16, 4)], 5)
-    with pytest.raises(InputError, match="--parallel 3: there are 2 cores"):
-        _share([node(2)], 3)
-
-
 def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(place, tmp_path):
     shutil.copytree(place / "eval", tmp_path / "reference")
 
@@ -385,44 +369,3 @@ def test_a_bisection_that_is_killed_comes_to_the_same(place, tmp_path):
     assert killed.equals(not_killed)
     assert 64 in killed["dose"] and set(killed["arm"]) in ({"undefended"}, {"undefended", "random"})
     assert "patch" in (out / "report.html").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_trainings_side_by_side_come_to_the_same_and_an_interrupt_loses_nothing(place, tmp_path):
-    file = config(place, doses=["0", "64"], scores=("random", "clip_score"))
-    apart, out = tmp_path / "apart", tmp_path / "beside"
-    command = [sys.executable, "-m", "pipeline.cli", "loop", file]
-    one_core = os.environ | {"OMP_NUM_THREADS": "1"}  # as each of two has: sums over more threads are rounded otherwise
-    subprocess.run([*command, str(apart)], env=one_core, check=True)
-    command += [str(out), "--parallel", "2"]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not [*out.rglob("row-*.json")]:
-        assert job.poll() is None, "ended before it was interrupted"
-        time.sleep(0.1)
-    job.send_signal(signal.SIGINT)
-    said = job.communicate(timeout=120)[1]
-    assert job.returncode == 130 and "the same command" in said and "Traceback" not in said
-    done = {path: path.read_bytes() for path in out.rglob("row-*.json")}
-    assert not (out / "report.html").exists()
-
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert all(path.read_bytes() == before for path, before in done.items())
-    beside, one_by_one = (alike(pl.read_parquet(folder / "results.parquet")) for folder in (out, apart))
-    assert beside.equals(one_by_one)
-    logs = [*out.rglob("filter-*/log.txt"), *out.rglob("undefended/log.txt")]
-    assert len(logs) == 3 * 3 and "epoch 12/12" in logs[0].read_text() and "epoch 12/12" not in again.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_an_error_in_one_of_several_trainings_ends_the_loop_with_its_reason(place, tmp_path):
-    file = config(place, doses=["10"], attacks=["patch(target='banana', size=64)"])
-    out = tmp_path / "out"
-    plan = Config.read(file)
-    taken = Run(plan, plan.attacks[0], "10", 0, out).folder / "undefended"
-    taken.mkdir(parents=True)
-    (taken / "state.pt").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds a training without its spec.json"):
-        loop(file, str(out), parallel=2)
