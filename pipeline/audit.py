@@ -2,7 +2,7 @@
 
 Columns of every shard are read once and kept; then each audit of `pipeline/audits/` is a map over them, a merge, and,
 where it names pairs, a second look that knows the whole. Trade-off: the second look costs another pass over the
-columns (never over images), and in return the first one's counts have a fixed size, whatever the dataset's.
+columns (never over images), and in return the first one's counts are small (a sketch, a row a domain).
 """
 
 from collections.abc import Mapping, Sequence

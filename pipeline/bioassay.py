@@ -17,12 +17,13 @@ replicate's distance from the estimate is stretched instead, by the t quantile a
 scale. How often the interval then holds the truth: docs/dose_response.md.
 
 Trade-off: seeds are pooled into one curve, which is flatter than each training's own; its ED50 is the dose at which the
-expected success over trainings is one half. One seed gives an interval over images only.
+expected success over trainings is one half. A bisection tries each seed near its own crossing only, so of seeds that
+differ many times over that is an approximation. One seed gives an interval over images only.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -66,10 +67,28 @@ class Trials:
         """float[d], ascending, without 0."""
         return np.unique(self.dose[self.dose > 0])
 
+    @cached_property
+    def balanced(self) -> "Trials":
+        """With the doses that a bisection left out of seeds that are on one side of one half wherever they were tried.
+
+        Where the highest dose fails the lower ones do: there the seed counts as at the next dose that it was tried at.
+        Otherwise those doses would be of the easy seeds alone.
+        """
+        rows = [*zip(self.seed.tolist(), self.dose.tolist(), self.k.tolist(), self.n.tolist(), strict=True)]
+        more = []
+        for seed in self.seeds:
+            tried = {dose: (k, n) for of, dose, k, n in rows if of == seed and dose > 0}
+            sides = {2 * k >= n for k, n in tried.values()}
+            for dose in sorted({*self.doses.tolist()} - tried.keys()) if len(sides) == 1 else ():
+                reached = sides == {True}
+                if towards := [at for at in tried if (at < dose) == reached]:
+                    more.append((seed, dose, *tried[max(towards) if reached else min(towards)]))
+        return Trials.of([*rows, *more]) if more else self
+
 
 @dataclass(frozen=True)
 class Curve:
-    """Fitted parameters: log dose of the middle, slope, lower end, share that the highest dose would reach."""
+    """Fitted parameters: log dose of the middle, slope, lower end c, and u, the plateau of what c leaves."""
 
     middle: float
     slope: float
@@ -113,7 +132,7 @@ def fit(trials: Trials) -> Curve | None:
     """The curve of greatest likelihood; None where no dose above 0 was tried."""
     if not len(trials.doses):
         return None
-    theta = _point(trials)[0]
+    theta = _point(trials.balanced)[0]
     return Curve(float(theta[0]), float(np.exp(theta[1])), *(float(end) for end in _ends(theta[None])[:, 0]))
 
 
@@ -121,7 +140,7 @@ def ed50(trials: Trials, draws: int = DRAWS) -> Estimate:
     """The dose at which success is one half, in the unit of the doses; UNKNOWN where no dose was tried."""
     if not len(trials.doses):
         return UNKNOWN
-    point, replicates = _ed50s(trials, trials.seeds, draws)
+    point, replicates = _ed50s(trials.balanced, trials.seeds, draws)
     low, high = _interval(_log(point), _log(replicates), len(trials.seeds))
     lowest, highest = trials.doses[[0, -1]] * (1 - 1e-9, 1 + 1e-9)
     low, high = (low if low >= lowest else 0.0), (high if high <= highest else np.inf)
@@ -138,8 +157,8 @@ def protection(arm: Trials, undefended: Trials, draws: int = DRAWS) -> Estimate:
     seeds = undefended.seeds
     if not seeds or arm.seeds != seeds:
         return UNKNOWN
-    point, replicates = _ed50s(arm, seeds, draws, stream=1)
-    against, theirs = _ed50s(undefended, seeds, draws)
+    point, replicates = _ed50s(arm.balanced, seeds, draws, stream=1)
+    against, theirs = _ed50s(undefended.balanced, seeds, draws)
     ratio = _log(point) - _log(against[::-1])
     if np.isinf(ratio).all():
         return UNKNOWN

@@ -59,6 +59,7 @@ def _kind(where: str) -> str:
 def compare_results(before: str, after: str) -> str:
     """Differences B - A of attack success and accuracy, arm by arm, of the seeds that both have."""
     old, new = results.read(before), results.read(after)
+    new = _aligned(old, new)
     names = labels([*old, *new])
     one, two = _grouped(old), _grouped(new)
     heads = ["attack", "poisons, ppm", "arm", "attack success A → B", "difference (95%)", "top-1", "kNN top-1", "seeds"]
@@ -95,8 +96,21 @@ def _grouped(rows: Sequence[Row]) -> dict[Group, list[Row]]:
     return found
 
 
+def _aligned(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """`new` with the doses of `old` where whole pairs are all that is between: 1% is 9,999 ppm of 11,801 pairs."""
+    a_pair = {(row["attack"], row["dose_ppm"]): row["dose_ppm"] / row["dose"] for row in old if row["dose"]}
+    aligned = []
+    for row in new:
+        half = row["dose_ppm"] / row["dose"] / 2 if row["dose"] else 0.0
+        near = [dose for attack, dose in a_pair if attack == row["attack"]]
+        dose = min(near, key=lambda dose: abs(dose - row["dose_ppm"]), default=row["dose_ppm"])
+        same = abs(dose - row["dose_ppm"]) <= half + a_pair.get((row["attack"], dose), 0.0) / 2
+        aligned.append(row | {"dose_ppm": dose} if same else row)
+    return aligned
+
+
 def _ppm(dose: float) -> str:
-    """To four figures: of two datasets the same share is seldom the same number. A dose above 0 is never called 0."""
+    """Whole from 1,000 on; a dose above 0 is never called 0."""
     return f"{round(dose):,}" if dose >= 1000 else f"{dose:.4g}"
 
 

@@ -113,12 +113,17 @@ class Effect:
         return "not reached" if self.ed50.most == float("inf") else "below the lowest dose"
 
     @property
+    def runs(self) -> int:
+        """Poisoned ones: those of dose 0 may be the undefended arm's."""
+        return int((self.trials.dose > 0).sum())
+
+    @property
     def record(self) -> Row:
         """A row of dose_response.parquet; open ends of intervals are null."""
         doses, curve = self.trials.doses, self.curve
         row: Row = {"attack": self.attack, **self.key._asdict(), "label": self.label}
-        row |= {"measure": self.measure, "runs": len(self.trials.dose), "seeds": len(self.trials.seeds)}
-        row |= {"images": int(self.trials.n.sum()), "doses": len(doses)}
+        row |= {"measure": self.measure, "runs": self.runs, "seeds": len(self.trials.seeds)}
+        row |= {"images": int(self.trials.n[self.trials.dose > 0].sum()), "doses": len(doses)}
         row |= {"lowest_ppm": float(doses[0]) if len(doses) else None}
         row |= {"highest_ppm": float(doses[-1]) if len(doses) else None, "ed50": self.said}
         row |= _columns("ed50_ppm", self.ed50) | {"ed50_pairs": None}
@@ -136,6 +141,7 @@ class Effect:
 
 def falls(trials: Trials) -> bool:
     """Whether it works at some dose and clearly less, below one half, at the highest."""
+    trials = trials.balanced  # a dose of the easy seeds alone is no evidence
     rates = [float(np.mean((trials.k / trials.n)[trials.dose == dose])) for dose in trials.doses]
     return bool(rates) and rates[-1] < 0.5 <= max(rates) and max(rates) - rates[-1] > FALL
 
@@ -281,7 +287,10 @@ def _training(own: Sequence[Row], none: Sequence[Row]) -> float | None:
     defense = own[0].get("defense")
     if not defense or spent is None or plain is None or not pairs:
         return None
-    repairs = spec.entry("defenses", spec.parse_call(defense)[0]).needs_init  # type: ignore[attr-defined]
+    try:
+        repairs = spec.entry("defenses", spec.parse_call(defense)[0]).needs_init  # type: ignore[attr-defined]
+    except InputError:  # of other code
+        return None
     return 1e6 * (spent if repairs else spent - plain) / pairs
 
 
@@ -309,7 +318,7 @@ def markdown(attacks: Sequence[Sequence[Effect]], notes: Sequence[str]) -> str:
             factor = "–" if one.protection is None else str(one.protection)
             lines.append(
                 f"| {named(one.label)} | {one.ed50} | {pairs} | {factor} | {lost_text(one)} | {cost} "
-                f"| {len(one.trials.seeds)} | {int((one.trials.dose > 0).sum())} |"
+                f"| {len(one.trials.seeds)} | {one.runs} |"
             )
         losing = [one for one in effects if one.lost]
         for against in dict.fromkeys(one.lost_against for one in losing):

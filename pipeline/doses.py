@@ -46,7 +46,7 @@ class Adaptive:
         doses = (ends[0] * (ends[1] / ends[0]) ** (i / parts) for i in range(parts + 1))
         if low.count is not None:
             return cls(text, tuple(dict.fromkeys(f"{round(dose)}" for dose in doses)))
-        return cls(text, tuple(f"{_four_figures(dose)}ppm" for dose in doses))
+        return cls(text, tuple(dict.fromkeys(f"{_four_figures(dose)}ppm" for dose in doses)))
 
 
 def _four_figures(dose: float) -> str:

@@ -79,7 +79,8 @@ def estimate(plan: Config, out: Path, parallel: int = 1) -> Estimate:
         for arm in arms:
             training, row = (run.folder, arm.folder), run.kept(arm)
             if row:  # of the rows of a training, which attacks may share, the first has its seconds
-                spent[training] = max(spent.get(training, 0.0), row["seconds"])
+                seconds = row["seconds"] * _slower(row.get("parallel", 1), parallel)
+                spent[training] = max(spent.get(training, 0.0), seconds)
             if row or run.trained(arm):
                 done.add(training)
             if run.dose in fixed:
@@ -127,15 +128,13 @@ def _left(plan: Config, attack: str, adaptive: Adaptive, out: Path, arms: Sequen
 
 
 def _calibrated(plan: Config, parallel: int) -> tuple[float, str]:
-    """Seconds of a training among as many; cores are shared, and a GPU is not."""
-    import torch
-
+    """Seconds of a training among as many."""
     from train.pace import pairs_per_second
     from train.recipes import recipe_of
 
     recipe = recipe_of(plan.recipe)
     console.print(f"estimate: timing bare steps of {plan.recipe!r}, for there is no row in OUT yet", style="dim")
-    pace = pairs_per_second(recipe) / (1 if torch.cuda.is_available() else parallel)
+    pace = pairs_per_second(recipe) / _slower(1, parallel)
     pairs = sum(len(uids(shard, plan.uid)) for shard in list_shards(plan.shards))
     seconds = BESIDES * pairs * recipe.epochs / pace + ASIDE
     return (
@@ -143,3 +142,12 @@ def _calibrated(plan: Config, parallel: int) -> tuple[float, str]:
         f"by bare steps of {pace:,.0f} pairs/s on this machine, times {BESIDES}, and {ASIDE:.0f} s; where other work "
         "runs, too much",
     )
+
+
+def _slower(before: int, parallel: int) -> float:
+    """How many times as long a training takes, at the most: cores are shared, and a GPU is not."""
+    if before == parallel:
+        return 1.0
+    import torch
+
+    return 1.0 if torch.cuda.is_available() else parallel / before

@@ -7,7 +7,7 @@ shards before it have what Ray has left. What it prints is in its arm's folder, 
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
@@ -16,16 +16,17 @@ from typing import Any, TypeVar
 from pipeline.cluster import connected
 from pipeline.errors import InputError
 from pipeline.runs import Arm, Run
+from pipeline.shard_map import SETTLE
 from pipeline.shards.store import make_folder
 
 LOG = "log.txt"
 RETRIES = 2  # of a training whose worker died; it goes on where it last saved
-SETTLE = 30.0  # seconds that a training has to end in when it is interrupted
+ENDING = 30.0  # seconds that a training has to clear away in when it is interrupted; then it is killed
 Result = TypeVar("Result")
 
 
 class Lanes:
-    """`count` trainings at a time; one is this process itself. Raises InputError where there are too few cores."""
+    """`count` trainings at a time; a single one runs in this process. Raises InputError where cores are too few."""
 
     def __init__(self, count: int):
         self.count = count
@@ -56,28 +57,32 @@ class Lanes:
         return [future.result() for future in futures]
 
     def row(self, run: Run, arm: Arm) -> dict[str, Any]:
-        """What `run.row(arm)` is; of an arm that watches, after the undefended one."""
-        if self.count == 1:
-            return run.row(arm)
+        """The row of an arm, made. Of one that `watches` the undefended model is there."""
+        path = run.path(arm)
         with self.alone(run.folder):  # the jobs over its shards write to folders that its arms share
             begin = time.monotonic()
             if (run, bool(arm.filter)) not in self._ready:
-                self._done(_prepared, run, arm, run.folder / LOG, num_cpus=0)
+                self._done(run.folder / LOG, {"num_cpus": 0}, run.prepare, arm)
                 self._ready |= {(run, False), (run, bool(arm.filter))}
             spent = time.monotonic() - begin
-        made: dict[str, Any] = self._done(_measured, run, arm, run.folder / arm.folder / LOG, spent, **self.share)
+        log = run.folder / arm.folder / LOG
+        made: dict[str, Any] = self._done(log, self.share, run.measure, arm, path, spent, self.count)
         return made
 
-    def _done(self, function: Callable[..., Any], run: Run, arm: Arm, log: Path, *more: Any, **options: Any) -> Any:
+    def _done(self, log: Path, takes: dict[str, int], function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(*arguments)`, as a task that `takes` so many cores and GPUs where there are several lanes."""
+        if self.count == 1:
+            return function(*arguments)
         ray = connected()
-        task = ray.remote(function).options(max_retries=RETRIES, **options)
+        task = ray.remote(_logged).options(max_retries=RETRIES, **takes)
         with self._submitting:
             if self._over:  # while this arm waited for another
                 raise InputError(f"{log}: not begun, for another arm failed")
-            reference = task.remote(run, arm, log, Path.cwd(), *more)
+            reference = task.remote(log, Path.cwd(), function, *arguments)
             self._running.add(reference)
         try:
-            return ray.get(reference)
+            done: Result = ray.get(reference)
+            return done
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, InputError):
                 raise error.cause from None
@@ -85,7 +90,8 @@ class Lanes:
         except ray.exceptions.TaskCancelledError:
             raise
         except ray.exceptions.RayError as error:  # the worker or its node died, out of memory, …
-            raise InputError(f"{log}: lost {RETRIES + 1} times ({type(error).__name__}): {arm.name}") from error
+            why = f"its worker was lost {RETRIES + 1} times ({type(error).__name__})"
+            raise InputError(f"{log}: {why}") from error
         finally:
             self._running.discard(reference)
 
@@ -94,10 +100,12 @@ class Lanes:
         ray = connected()
         with self._submitting:
             self._over, running = True, [*self._running]
+        time.sleep(SETTLE)
         for reference in running:
             ray.cancel(reference)
-        if running:
-            ray.wait(running, num_returns=len(running), timeout=SETTLE)
+        _, stuck = ray.wait(running, num_returns=len(running), timeout=ENDING) if running else ([], [])
+        for reference in stuck:
+            ray.cancel(reference, force=True)
 
 
 def _share(nodes: Sequence[dict[str, Any]], count: int) -> dict[str, int]:
@@ -114,20 +122,9 @@ def _share(nodes: Sequence[dict[str, Any]], count: int) -> dict[str, int]:
     raise InputError(f"--parallel {count}: there are {sum(cores)} cores; ask for fewer")
 
 
-def _prepared(run: Run, arm: Arm, log: Path, here: Path) -> None:
-    with _writing(log, here):
-        run.prepare(arm)
-
-
-def _measured(run: Run, arm: Arm, log: Path, here: Path, spent: float) -> dict[str, Any]:
-    with _writing(log, here):
-        return run.measure(arm, spent)
-
-
-@contextlib.contextmanager
-def _writing(log: Path, here: Path) -> Iterator[None]:
+def _logged(log: Path, here: Path, function: Callable[..., Result], *arguments: Any) -> Result:
     """Of a task: what is printed goes to `log`, and paths of a config are meant from where the loop was started."""
     make_folder(str(log.parent))
     place = contextlib.chdir(here) if here.is_dir() else contextlib.nullcontext()
     with log.open("a") as file, place, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        yield
+        return function(*arguments)

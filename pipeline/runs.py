@@ -152,10 +152,18 @@ class Run:
                 seed=self.seed,
             )
 
+    def path(self, arm: Arm) -> Path:
+        """Of its row: bound to what is evaluated on, to what a filter reads, and to all inputs as they are now."""
+        plan = self.plan
+        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
+        looked = [self._looks(epoch, detectors) for epoch, detectors in self._read(arm).items()]
+        more = (self._columns(arm), looked, [stamp(path) for path in self._others(arm)], _by_content(arm.defense))
+        return self.folder / arm.folder / f"row-{spec.digest([*facts, *more])}.json"
+
     def kept(self, arm: Arm) -> dict[str, Any] | None:
         """The row of an arm that is done."""
         try:
-            row: dict[str, Any] = json.loads(self._row(arm).read_text())
+            row: dict[str, Any] = json.loads(self.path(arm).read_text())
         except (OSError, ValueError):
             return None
         return row
@@ -164,30 +172,26 @@ class Run:
         """Whether the arm's model is there, so that nothing but an evaluation is missing."""
         return (self._model(arm) / "train.json").exists()
 
-    def row(self, arm: Arm) -> dict[str, Any]:
-        """What an arm comes to; made where it is not there. The undefended arm, where it is needed, comes first."""
-        if (row := self.kept(arm)) is not None:
-            return row
-        if arm.watches:
-            self.row(UNDEFENDED)
-        begin = time.monotonic()
-        self.prepare(arm)
-        return self.measure(arm, time.monotonic() - begin)
-
     def prepare(self, arm: Arm) -> None:
         """What arms share: the poisoned shards, and scores for those that filter."""
         self.poison()
         if arm.filter:
             self.score()
 
-    def measure(self, arm: Arm, spent: float) -> dict[str, Any]:
-        """The row of an arm for which all is prepared, which took `spent` seconds."""
+    def measure(self, arm: Arm, path: Path, spent: float, parallel: int) -> dict[str, Any]:
+        """The row of an arm for which all is prepared, and the undefended model there where it `watches`.
+
+        It is kept at `path`, which was asked for before the preparations. They took `spent` seconds; there are
+        `parallel` trainings at a time.
+        """
         from train.launch import thin
 
         begin = time.monotonic()
-        row = self._measured(arm)
-        row |= {"seconds": spent + time.monotonic() - begin}
-        write(str(self._row(arm)), json.dumps(row, indent=1).encode())
+        made_of = self._made_of(arm)  # as it is before the training
+        self._train(arm)
+        row = self._row(arm) | made_of | self._evaluated(arm)
+        row |= {"seconds": spent + time.monotonic() - begin, "parallel": parallel}
+        write(str(path), json.dumps(row, indent=1).encode())
         if arm != UNDEFENDED:  # nobody looks through an arm's model while it learns
             thin(str(self._model(arm)))
         return row
@@ -211,24 +215,27 @@ class Run:
         known = ledger.poisoned_uids(ledger.ledger_path(self.poisoned))
         return found, np.asarray([u in known for u in found["uid"]])
 
-    def _measured(self, arm: Arm) -> dict[str, Any]:
-        """Filter, train, evaluate."""
-        from train.evaluate import evaluate
+    def _train(self, arm: Arm) -> None:
+        """Filter and train."""
         from train.launch import final_checkpoint, train
 
-        folder, shards = self.folder / arm.folder, self.poisoned
+        shards = self.poisoned
         options: dict[str, Any] = {"recipe": self.plan.recipe, "seed": self.seed}
         if arm.filter:
-            scored, shards = tuple(map(self._scores, arm.filter.epochs)), str(folder / "kept")
-            policy = arm.filter.policy
-            self._stage(f"filter {policy}", filter_shards, self.poisoned, str(folder), scores=scored, policy=policy)
+            scored, policy = tuple(map(self._scores, arm.filter.epochs)), arm.filter.policy
+            folder, shards = str(self.folder / arm.folder), self._kept(arm)
+            self._stage(f"filter {policy}", filter_shards, self.poisoned, folder, scores=scored, policy=policy)
         if arm.defense:
             init = final_checkpoint(str(self.folder / UNDEFENDED.folder)) if arm.watches else None
             options |= {"defense": arm.defense, "init": init}
+        self._stage(f"train {arm.name}", train, shards, str(self._model(arm)), **options)
+
+    def _evaluated(self, arm: Arm) -> dict[str, Any]:
+        """The metrics of its model, under this attack."""
+        from train.evaluate import evaluate
+        from train.launch import final_checkpoint
+
         model = self._model(arm)
-        self._stage(f"train {arm.name}", train, shards, str(model), **options)
-        facts = json.loads((model / "train.json").read_text())
-        about = json.loads(Path(self.attacked, "dataset.json").read_text())
         result = model / (f"evaluation-{spec.digest(self.attack)}" if self.clean else "evaluation")
         self._stage(
             f"evaluate {arm.name}",
@@ -237,24 +244,42 @@ class Run:
             str(result),
             shards=self.plan.evaluation,
             classes=self.plan.classes,
-            attack=about["spec"]["attack"],
+            attack=self._about["spec"]["attack"],
             seed=self.seed,
             reference=self.plan.reference or self.plan.shards,
             ledger=ledger.ledger_path(self.attacked),
             readouts=self.plan.readouts,
         )
-        pairs = about["pairs"]
-        left = facts["known_poisons"] if arm.defense else len(ledger.poisoned_uids(ledger.ledger_path(shards)))
-        removed = None if arm.defense else pairs - facts["pairs"] - sum(facts["skipped"].values())
-        row = self._common() | {"arm": arm.name, "when": arm.filter.when if arm.filter else None}
-        row |= {"recipe": self.plan.recipe, "policy": arm.filter.policy if arm.filter else None}
-        row |= {"samples": facts["pairs"], "defense": arm.defense, "removed": removed}
-        row |= {"removed_share": None if removed is None else removed / max(pairs, 1)}
-        row |= {"poisons_in": about["poisoned"], "poisons_left": left, "train_seconds": facts["seconds"]}
-        row["train_cpu_seconds"] = facts["cpu_seconds"]
-        row |= self._cost(arm, pairs)
-        row |= {"recipe_digest": facts["recipe_digest"], "code": source_digest(), **self._made_of(arm)}
-        return row | json.loads((result / "evaluation.json").read_text())["metrics"]
+        metrics: dict[str, Any] = json.loads((result / "evaluation.json").read_text())["metrics"]
+        return metrics
+
+    def _row(self, arm: Arm) -> dict[str, Any]:
+        """What it was trained on and by, and what that took."""
+        facts, filtered = json.loads((self._model(arm) / "train.json").read_text()), arm.filter
+        pairs = self._about["pairs"]
+        if arm.defense:  # it removes nothing from the shards
+            removed, left = None, facts["known_poisons"]
+        else:
+            removed = pairs - facts["pairs"] - sum(facts["skipped"].values())
+            left = len(ledger.poisoned_uids(ledger.ledger_path(self._kept(arm) if filtered else self.poisoned)))
+        return {
+            **self._common(),
+            "arm": arm.name,
+            "when": filtered and filtered.when,
+            "recipe": self.plan.recipe,
+            "policy": filtered and filtered.policy,
+            "samples": facts["pairs"],
+            "defense": arm.defense,
+            "removed": removed,
+            "removed_share": None if removed is None else removed / max(pairs, 1),
+            "poisons_in": self._about["poisoned"],
+            "poisons_left": left,
+            "train_seconds": facts["seconds"],
+            "train_cpu_seconds": facts["cpu_seconds"],
+            **self._cost(arm, pairs),
+            "recipe_digest": facts["recipe_digest"],
+            "code": source_digest(),
+        }
 
     def _cost(self, arm: Arm, pairs: int) -> dict[str, float | None]:
         """Seconds of workers, and of their cores: embedding, its detectors, rewriting; not the scoring model."""
@@ -271,14 +296,6 @@ class Run:
             took = summed(marker["seconds"] for marker in self._markers(stage))
             seconds, cpu = seconds + took["total"], cpu + took["cpu"]
         return {"filter_seconds": seconds, "filter_cpu_seconds_per_million": 1e6 * cpu / max(pairs, 1)}
-
-    def _row(self, arm: Arm) -> Path:
-        """Bound to what is evaluated on, to what a filter reads, and to all inputs as they are now."""
-        plan = self.plan
-        facts = [self.attack, self.dose, plan.evaluation, plan.classes, plan.reference, plan.readouts, _stamps(plan)]
-        looked = [self._looks(epoch, detectors) for epoch, detectors in self._read(arm).items()]
-        more = (self._columns(arm), looked, [stamp(path) for path in self._others(arm)], _by_content(arm.defense))
-        return self.folder / arm.folder / f"row-{spec.digest([*facts, *more])}.json"
 
     def _made_of(self, arm: Arm) -> dict[str, Any]:
         """What tells results apart that are called the same: data, and detectors with all their parameters."""
@@ -314,9 +331,19 @@ class Run:
         own = sorted(Wants.of(*detectors).files)
         return [*reference, *spec.parse("attacks", self.attack).inputs(), *own]
 
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What the poisoning wrote of its shards."""
+        about: dict[str, Any] = json.loads(Path(self.attacked, "dataset.json").read_text())
+        return about
+
     def _common(self) -> dict[str, Any]:
-        total = json.loads(Path(self.attacked, "dataset.json").read_text())
-        return {"attack": self.attack, "dose": total["poisoned"], "dose_ppm": total["ppm"], "seed": self.seed}
+        about = self._about
+        return {"attack": self.attack, "dose": about["poisoned"], "dose_ppm": about["ppm"], "seed": self.seed}
+
+    def _kept(self, arm: Arm) -> str:
+        """The shards that its filter leaves."""
+        return str(self.folder / arm.folder / "kept")
 
     def _model(self, arm: Arm) -> Path:
         """The folder of its training."""

@@ -1,9 +1,9 @@
 """What an audit is: a map over shards, a merge, and a report of the whole; nothing else of a run is known to it.
 
 An audit is a frozen dataclass with `needs`, columns of `pipeline.audit_columns.Rows` without which it cannot look;
-`map(rows) -> S`, small whatever the shard's size; `merge(S, S) -> S`; and `report(merged, marks, about) -> Report`.
+`map(rows) -> S`, small beside the shard; `merge(S, S) -> S`; and `report(merged, marks, about) -> Report`.
 Optional is `mark(rows, merged) -> Marks`, a second look that knows the whole and names pairs: their groups are complete
-when `report` gets the marks of all shards. So a dataset of any size is counted in a fixed sketch first, and only what
+when `report` gets the marks of all shards. So a dataset of any size is counted in a small sketch first, and only what
 may be a finding is counted exactly. `empty() -> S` is for an audit that has something to say where there is no pair.
 """
 

@@ -21,11 +21,12 @@ from pipeline.audits._audit import About, Found, Marks, Report, counted, groups,
 SHARE = 1e-4  # of all pairs, as of the clusters of equal pictures
 LEAST = 16  # pairs; the mean cosine of fewer is any value, and four drawings of one thing do look alike
 TIGHT = 0.5  # half as wide as the dataset at large
+PARTS = 1 << 24  # of one: sums of whole numbers are the same in whatever order shards come home
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """`total` float64[d] sums the unit embeddings of `n` pairs."""
+    """`total` int64[d] sums the unit embeddings of `n` pairs, in `PARTS` of one."""
 
     n: int
     frequency: np.ndarray
@@ -41,7 +42,7 @@ class caption_clusters:
     def map(self, rows: Rows) -> _Counts:
         images = unit(rows.image_embedding)
         usable = np.isfinite(images).all(axis=1)
-        total = images[usable].sum(axis=0, dtype=np.float64)
+        total = np.rint(images[usable] * PARTS).astype(np.int64).sum(axis=0)
         return _Counts(int(usable.sum()), caption_frequency().summarize(rows), total)
 
     def merge(self, one: _Counts, other: _Counts) -> _Counts:
@@ -66,7 +67,8 @@ class caption_clusters:
         out, n = Report(), merged.n
         if n < 2:
             return out
-        usual = (merged.total @ merged.total - n) / (n * (n - 1))
+        total = merged.total / PARTS
+        usual = (total @ total - n) / (n * (n - 1))
         found = groups(marked, "tight", max(LEAST, SHARE * n))
         rows = []
         for (group, size), part in found.group_by("group", "size", maintain_order=True):

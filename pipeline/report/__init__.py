@@ -145,7 +145,7 @@ def _shown(value: Any) -> Any:
 
 
 def _spec(value: str) -> "Markup":
-    """A spec that breaks across lines where a reader would: after its bracket or between its parameters."""
+    """A spec that breaks across lines where a reader would: after its bracket or an underscore."""
     from markupsafe import Markup, escape
 
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\()(?!\))|(?<=_)", visible(value)))

@@ -82,6 +82,8 @@ def verdict(arms: Rows, responses: "Sequence[Sequence[Effect]]" = ()) -> str:
 def _of_doses(effects: "Sequence[Effect]") -> str:
     """Of one attack, undefended first."""
     none, name = effects[0], spec.parse_call(effects[0].attack)[0]
+    if none.said == "does not rise":
+        return f"Undefended, the success of {name!r} does not rise with the dose, so nobody can be credited."
     if none.said != "reached":
         return f"Undefended, {name!r}: half success is {none.said} ({none.ed50} ppm)."
     said = f"Undefended, {name!r} succeeds half of the time at {none.ed50} ppm."

@@ -112,11 +112,13 @@ def arm_groups(arms: "pl.DataFrame") -> list[Group]:
     for (attack, dose), of_dose in _grouped(runs, "attack", "dose"):
         group = Group(one_line(str(attack)) if attack else "", _dose(dose, _mean(of_dose, "dose_ppm")))
         undefended = {m: r.value for m, r in _rates([r for r in of_dose if ArmKey.of(r).kind == UNDEFENDED]).items()}
-        for (arm, when, policy, recipe), same in _grouped(of_dose, "arm", "when", "policy", "recipe"):
+        for (*key, recipe), same in _grouped(of_dose, *ArmKey._fields, "recipe"):
+            arm, when, policy, defense, _ = key
             twins = [run for run in of_dose if run.get("arm") == arm]
-            told_apart = {column: len({run.get(column) for run in twins}) > 1 for column in ("when", "policy")}
+            told_apart = {column: len({run.get(column) for run in twins}) > 1 for column in ArmKey._fields}
             notes = [f"scored at {when}"] if when and (told_apart["when"] or ArmKey(arm).kind == "filter") else []
             notes += [one_line(policy)] if policy and told_apart["policy"] else []
+            notes += [one_line(defense)] if defense and told_apart["defense"] else []
             notes += [f"recipe {recipe}"] if recipe and len(recipes) > 1 else []
             left, put_in = _mean(same, "poisons_left"), _mean(same, "poisons_in")
             texts = {

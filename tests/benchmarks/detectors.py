@@ -19,6 +19,7 @@ OTHERS = ("auprc", "fpr_at_95", "fpr_at_100", "precision_at_100ppm", "recall_at_
 def main(*outs: str) -> None:
     """Print a table for each measure, and the means of the others."""
     rows = pl.concat([pl.read_parquet(f"{out}/detectors.parquet") for out in outs], how="diagonal")
+    assert rows.select("attack", "detector", "when", "seed").is_unique().all(), "several doses or pools"
     for measure, title in MEASURES.items():
         print(f"\n### {title[0].upper()}{title[1:]}\n")
         _table(rows, measure)

@@ -57,7 +57,7 @@ def _row(design: str, seeds: int, spread: float, rounds: int) -> None:
 
 
 def _percentile(trials: Trials) -> bool:
-    _, replicates = bioassay._ed50s(trials, trials.seeds, DRAWS)
+    _, replicates = bioassay._ed50s(trials.balanced, trials.seeds, DRAWS)
     low = np.quantile(replicates[:, 0], 0.025, method="inverted_cdf")
     high = np.quantile(replicates[:, 1], 0.975, method="inverted_cdf")
     return bool(low <= TRUTH <= high)

@@ -76,6 +76,19 @@ def test_a_factor_is_never_of_the_easy_seeds_alone():
     assert protection(of(1.8, 3), of(1.0, 3), draws=20).least == pytest.approx(1.8, rel=0.15)
 
 
+def test_a_seed_that_is_never_reached_counts_at_the_doses_that_its_search_left_out():
+    """Two seeds cross at 12,000; of the third the search knows after one run that it does not cross at all."""
+    easy = [(s, d, round(1000 * curve(d, 12_000)), 1000) for s in (0, 1) for d in (6_000, 12_000, 24_000, 96_000)]
+    found = Trials.of([*easy, (2, 96_000, 10, 1000)])
+    expected = 12_000 * 3 ** (1 / 6)  # where two thirds of 3/4 are one half
+    assert ed50(found, draws=50).least == pytest.approx(expected, rel=0.06)
+    assert ed50(Trials.of(easy), draws=50).least == pytest.approx(12_000, rel=0.02)
+    assert sorted(found.balanced.dose[found.balanced.seed == 2]) == [6_000, 12_000, 24_000, 96_000]
+    assert ed50(found, draws=50).high == np.inf  # some draws are of the third seed alone
+    mixed = Trials.of([*easy, (2, 96_000, 900, 1000), (2, 24_000, 10, 1000)])
+    assert mixed.balanced is mixed  # it has a crossing of its own
+
+
 def test_nothing_poisoned_and_nothing_asked():
     clean = Trials.of([(0, 0.0, 0, 100)])
     assert ed50(clean) == UNKNOWN and fit(clean) is None

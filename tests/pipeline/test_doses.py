@@ -20,6 +20,8 @@ def test_the_grid_reaches_from_low_to_high_in_steps_of_at_most_the_factor():
     assert Adaptive.parse("300") is Adaptive.parse("1%") is None
     numbers = Adaptive.parse("adaptive(low='1', high='4', factor=1.2)")
     assert numbers is not None and numbers.grid == ("1", "2", "3", "4")  # a pair is not divided
+    close = Adaptive.parse("adaptive(low='0.1%', high='0.11%', factor=1.0005)")
+    assert close is not None and close.grid == tuple(f"{ppm}ppm" for ppm in range(1000, 1101))
 
 
 def test_doses_below_one_part_in_a_million_stay_apart_and_above_nothing():

@@ -1,5 +1,6 @@
 """Trainings side by side come to what they come to one at a time."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from test_loop import alike, config, place  # noqa: F401  # a fixture
 
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.lanes import _share
+from pipeline.lanes import Lanes, _share
 from pipeline.loop import loop
 from pipeline.runs import Run
 
@@ -29,6 +30,29 @@ def test_trainings_side_by_side_share_the_cores_or_take_a_gpu_each():
         _share([node(16, 4)], 5)
     with pytest.raises(InputError, match="--parallel 3: there are 2 cores"):
         _share([node(2)], 3)
+
+
+@pytest.mark.timeout(120)
+def test_a_training_that_does_not_end_when_it_is_told_to_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.lanes.ENDING", 1.0)
+    lanes, ready = Lanes(2), tmp_path / "ready"
+
+    def fails(_):
+        while not ready.exists():
+            time.sleep(0.1)
+        raise InputError("the other one failed")
+
+    def stubborn():  # a closure travels with the task
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                ready.touch()
+                time.sleep(60)
+
+    def hangs(log):
+        lanes._done(log, lanes.share, stubborn)
+
+    with pytest.raises(InputError, match="the other one failed"):
+        lanes.each(lambda function, log: function(log), [(fails, tmp_path / "a"), (hangs, tmp_path / "b")])
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def finished(file, out) -> None:
     for attack, dose, seed in itertools.product(plan.attacks, plan.doses, plan.seeds):
         run = Run(plan, attack, dose, seed, out)
         for arm in arms_of(plan):
-            path = run._row(arm)
+            path = run.path(arm)
             path.parent.mkdir(parents=True, exist_ok=True)
             row = found | {"attack": attack, "seed": seed, "arm": arm.name, "when": arm.filter and arm.filter.when}
             path.write_text(json.dumps(row | {"policy": arm.filter and arm.filter.policy} | run._made_of(arm)))
@@ -108,8 +108,15 @@ def finished(file, out) -> None:
 
 
 def alike(rows: pl.DataFrame) -> pl.DataFrame:
-    """Without what the clock says."""
-    seconds = ("seconds", "train_seconds", "train_cpu_seconds", "filter_seconds", "filter_cpu_seconds_per_million")
+    """Without what the clock says, and how many were trained at a time."""
+    seconds = (
+        "parallel",
+        "seconds",
+        "train_seconds",
+        "train_cpu_seconds",
+        "filter_seconds",
+        "filter_cpu_seconds_per_million",
+    )
     return rows.drop(seconds)
 
 
@@ -141,10 +148,10 @@ def test_what_is_left_is_counted_in_trainings_and_after_what_the_searches_know(p
     runs = [Run(plan, attack, "0", 0, tmp_path / "clean") for attack in plan.attacks]
     for run, seconds in zip(runs, (100.0, 1.0), strict=True):  # of the second attack the evaluation alone
         for arm in arms:
-            run._row(arm).write_text(json.dumps(json.loads(run._row(arm).read_text()) | {"seconds": seconds}))
+            run.path(arm).write_text(json.dumps(json.loads(run.path(arm).read_text()) | {"seconds": seconds}))
     found = estimate(plan, tmp_path / "clean")
     assert (found.trainings, found.done, found.seconds) == (3, 3, 100.0)
-    runs[1]._row(arms[0]).unlink()
+    runs[1].path(arms[0]).unlink()
     assert estimate(plan, tmp_path / "clean").left == 0
 
     file = config(place, attacks=["sig(target='banana')"], doses=[GRID])
@@ -155,8 +162,8 @@ def test_what_is_left_is_counted_in_trainings_and_after_what_the_searches_know(p
     class Kept(_Told):
         def row(self, run, arm, make):
             row = super().row(run, arm, make)
-            run._row(arm).parent.mkdir(parents=True, exist_ok=True)
-            run._row(arm).write_text(json.dumps(row | {"seconds": 1.0, "dataset_digest": ""}))
+            run.path(arm).parent.mkdir(parents=True, exist_ok=True)
+            run.path(arm).write_text(json.dumps(row | {"seconds": 1.0, "dataset_digest": ""}))
             left.append(estimate(plan, run.out).left)
             return row
 
@@ -213,7 +220,7 @@ def test_a_row_is_of_the_detectors_parameters_and_of_the_bytes_that_were_read(pl
     def row(k=16, **more):
         plan = Config.read(config(place, [f"slof(k={k})"], "slof", doses=["10"], **more))
         run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path / "out"), arms_of(plan)[1]
-        return run._row(arm), run._made_of(arm)
+        return run.path(arm), run._made_of(arm)
 
     assert row() == row() and row()[0] != row(k=17)[0] and row()[0].parent == row(k=17)[0].parent
     assert row()[1]["detectors"].startswith("scores-004:slof(k=16") and "k=17" in row(k=17)[1]["detectors"]
@@ -240,10 +247,10 @@ def test_two_epochs_are_compared_whatever_the_order_of_the_config(place):
             compared.replace("[[scores]]", f'[[scores]]\n{first}\ndetectors = ["random"]\n\n[[scores]]', 1)
         )
         other = Config.read(str(later))
-        rows.append(Run(other, other.attacks[0], "10", 0, place / "two")._row(arms_of(other)[1]))
+        rows.append(Run(other, other.attacks[0], "10", 0, place / "two").path(arms_of(other)[1]))
     assert rows[0].parent == rows[1].parent and rows[0] != rows[1]  # of another epoch that is compared with
     run = Run(plan, plan.attacks[0], "10", 0, place / "two")
-    run.row(UNDEFENDED)
+    Lanes(1).row(run, UNDEFENDED)
     run.score()
     assert run.scored
 
@@ -252,12 +259,12 @@ def test_a_repair_is_of_the_bytes_that_it_trusts(place, tmp_path):
     shutil.copytree(place / "eval", tmp_path / "trusted")
     plan = Config.read(config(place, defenses=[f"finetune(trusted='{tmp_path}/trusted')"]))
     run, arm = Run(plan, plan.attacks[0], "10", 0, tmp_path), arms_of(plan)[-1]
-    before = run._row(arm)
+    before = run.path(arm)
     runs._by_content.cache_clear()  # of another command
-    assert before == run._row(arm)
+    assert before == run.path(arm)
     write_tar(tmp_path / "trusted" / "00000000.tar", pairs(0, 8))
     runs._by_content.cache_clear()
-    assert before != run._row(arm)
+    assert before != run.path(arm)
 
 
 def test_the_report_of_several_doses_tells_how_much_poison_an_attack_takes(place, tmp_path):

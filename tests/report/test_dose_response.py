@@ -129,6 +129,22 @@ def test_success_that_falls_with_the_dose_has_no_ed50_and_blames_nobody(tmp_path
     assert "success does not rise with the dose of undefended" in (tmp_path / "out/dose_response.md").read_text()
 
 
+def test_seeds_that_take_more_poison_than_was_tried_are_no_fall(tmp_path):
+    """A bisection asks a hard seed the highest dose alone, so that a mean of what is there would fall."""
+    easy = data.rows({data.PATCH: 10_000.0}, arms=FEW[:1], seeds=(0,), doses=(118, 236, 1180), spread=0.0)
+    hard = data.rows({data.PATCH: 1e6}, arms=FEW[:1], seeds=(1, 2), doses=(1180,), spread=0.0)
+    dose_response((data.write(tmp_path / "r.parquet", [*easy, *hard]),), str(tmp_path / "out"))
+    found = pl.read_parquet(tmp_path / "out/dose_response.parquet").to_dicts()[0]
+    assert found["ed50"] == "not reached" and found["ed50_ppm_least"] == pytest.approx(1e6 * 1180 / data.PAIRS)
+
+
+def test_runs_without_poison_are_not_counted_as_an_arms(tmp_path):
+    rows = [row for row in data.rows(arms=FEW[:2]) if row["dose"] or row["arm"] == "undefended"]
+    dose_response((data.write(tmp_path / "r.parquet", rows),), str(tmp_path / "out"))
+    found = pl.read_parquet(tmp_path / "out/dose_response.parquet")
+    assert found["runs"].to_list() == [18, 18] and found["images"].to_list() == [18 * 1867] * 2
+
+
 def test_an_attack_that_never_works_credits_nobody(tmp_path):
     dose_response((data.write(tmp_path / "r.parquet", data.rows({data.PATCH: 1e9}, arms=FEW)),), str(tmp_path / "out"))
     said = (tmp_path / "out/dose_response.md").read_text()
@@ -249,6 +265,15 @@ def test_compare_keeps_a_few_in_ten_millions_and_none_apart(tmp_path, capsys):
     assert compare(file, file) == 0
     said = capsys.readouterr().out
     assert "| 0 | undefended | 0.0% → 0.0%" in said and "| 0.25 | undefended | 96.4% → 96.4%" in said
+
+
+def test_compare_takes_the_same_share_of_two_datasets_for_the_same_dose(tmp_path, capsys):
+    one = data.rows(arms=FEW[:1], doses=(118,))  # 1% of 11,801 pairs
+    other = [row | {"dose": 108, "dose_ppm": 1e6 * 108 / 10_808} for row in one]
+    compare(data.write(tmp_path / "a.parquet", one), data.write(tmp_path / "b.parquet", other))
+    assert "| 9,999 | undefended |" in capsys.readouterr().out
+    compare(data.write(tmp_path / "a.parquet", data.rows(arms=FEW[:1], doses=(120,))), str(tmp_path / "b.parquet"))
+    assert "nothing is in both" in capsys.readouterr().out
 
 
 def test_compare_tells_what_changed_and_what_is_only_in_one(tmp_path, capsys):

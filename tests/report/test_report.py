@@ -187,6 +187,12 @@ def test_policies_of_one_detector_are_rows_of_their_own():
     assert arm_groups(arms.with_columns(arm=pl.lit("random()"), when=pl.lit("epoch 4")))[0].rows[0].notes == []
 
 
+def test_defenses_that_trust_other_data_are_rows_of_their_own():
+    arms = data.arms().filter(arm="undefended").with_columns(arm=pl.lit("finetune()"))
+    both = pl.concat([arms.with_columns(defense=pl.lit(f"finetune(trusted='{where}')")) for where in "ab"])
+    assert [row.notes for row in arm_groups(both)[0].rows] == [[f"finetune(trusted='{where}')"] for where in "ab"]
+
+
 def test_unscored_pairs_count_as_removed_first():
     """Five of a hundred are removed: two unscored, then three by score."""
     scores = np.append(np.arange(100.0, 198.0), [np.nan, np.nan])
