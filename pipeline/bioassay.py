@@ -71,18 +71,22 @@ class Trials:
     def balanced(self) -> "Trials":
         """With the doses that a bisection left out of seeds that are on one side of one half wherever they were tried.
 
-        Where the highest dose fails the lower ones do: there the seed counts as at the next dose that it was tried at.
-        Otherwise those doses would be of the easy seeds alone.
+        Where the highest dose fails the lower ones do: there such a seed counts as the other seeds' mean, and as no
+        more than at the next dose that it was tried at. Otherwise those doses would be of the easy seeds alone.
         """
-        rows = [*zip(self.seed.tolist(), self.dose.tolist(), self.k.tolist(), self.n.tolist(), strict=True)]
-        more = []
+        rate, above, more = self.k / self.n, self.dose > 0, []
         for seed in self.seeds:
-            tried = {dose: (k, n) for of, dose, k, n in rows if of == seed and dose > 0}
-            sides = {2 * k >= n for k, n in tried.values()}
-            for dose in sorted({*self.doses.tolist()} - tried.keys()) if len(sides) == 1 else ():
-                reached = sides == {True}
-                if towards := [at for at in tried if (at < dose) == reached]:
-                    more.append((seed, dose, *tried[max(towards) if reached else min(towards)]))
+            mine = above & (self.seed == seed)
+            reached = set((rate[mine] >= 0.5).tolist())
+            for dose in np.setdiff1d(self.doses, self.dose[mine]).tolist() if len(reached) == 1 else ():
+                past = mine & ((self.dose < dose) if True in reached else (self.dose > dose))
+                if not past.any():
+                    continue
+                next_to = np.flatnonzero(past)[np.abs(self.dose[past] - dose).argmin()]
+                others, own = rate[self.dose == dose].mean(), rate[next_to]
+                n = int(self.n[next_to])
+                more.append((seed, dose, round((max if True in reached else min)(others, own) * n), n))
+        rows = zip(self.seed.tolist(), self.dose.tolist(), self.k.tolist(), self.n.tolist(), strict=True)
         return Trials.of([*rows, *more]) if more else self
 
 
