@@ -216,7 +216,7 @@ def _censored(theta: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
     """[B, 2]: (ED50, ED50), or (0, lowest dose), or (highest dose, inf)."""
     lower, upper = _ends(theta)
     share = (0.5 - lower) / ((1 - lower) * upper)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         found = np.exp(theta[:, 0] + np.where(share < 1, np.log(share / (1 - share)), np.inf) / np.exp(theta[:, 1]))
     least = np.where(found > ends[1], ends[1], np.where(found < ends[0], 0.0, found))
     most = np.where(found > ends[1], np.inf, np.where(found < ends[0], ends[0], found))

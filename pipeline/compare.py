@@ -80,6 +80,8 @@ def compare_results(before: str, after: str) -> str:
         lines.append("- no arm has a seed in both, so nothing is compared")
     if not both:
         lines.append("- nothing is in both")
+    if any(len({row["seed"] for row in one[g]} & {row["seed"] for row in two[g]}) == 1 for g in both):
+        lines.append("- with one seed an interval is over images, not trainings, and too narrow for these")
     for where, rows in (("A", old), ("B", new)):
         lines += [f"- {where}: {version}" for version in results.versions(rows)]
     if differ := results.several([*old, *new]):

@@ -21,7 +21,7 @@ from pipeline.bioassay import UNKNOWN, Curve, Estimate, Trials, ed50, fit, mean_
 from pipeline.errors import InputError
 from pipeline.progress import console
 from pipeline.report.text import code, named
-from pipeline.results import Row
+from pipeline.results import REPORT, Row
 from pipeline.shards.store import make_folder, write
 from train.results import SUCCESS
 
@@ -58,11 +58,15 @@ def dose_response(
     write(str(folder / "dose_response.md"), said.encode())
     from pipeline.report.figures import dose_response_figure, protection_figure, save
 
-    for name, figure in (("dose_response", dose_response_figure(attacks)), ("protection", protection_figure(attacks))):
+    drawn = {"dose_response": dose_response_figure(attacks), "protection": protection_figure(attacks)}
+    for name, figure in drawn.items():
+        for kind in ("svg", "png"):  # of other results, perhaps
+            Path(folder, f"{name}.{kind}").unlink(missing_ok=True)
         if figure is not None:
             save(figure, folder / name)
     print(said)
-    console.print(f"figures and tables: {folder}")
+    without = ", ".join(name for name, figure in drawn.items() if figure is None)
+    console.print(f"{folder}: tables" + (f"; nothing to draw for {without}" if without else " and figures"))
     return 0
 
 
@@ -158,6 +162,7 @@ def _columns(name: str, estimate: Estimate) -> Row:
 def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     """The rows of all files, each run once, and what a reader has to be told of them."""
     tables = {path: results.read(path) for path in paths}
+    unfinished = [path for path in paths if Path(path).is_dir() and not Path(path, REPORT).exists()]
     together = [row for table in tables.values() for row in table]
     if differ := results.several(together):
         raise InputError(f"results of several {' and '.join(differ)}: an ED50 belongs to one, give them one at a time")
@@ -172,7 +177,8 @@ def _together(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
                     "results differ)"
                 )
             found.setdefault(key, row)
-    rows, notes = list(found.values()), []
+    rows = list(found.values())
+    notes = [f"The loop of {code(path)} has not ended: what is missing may change all of this." for path in unfinished]
     if len({row.get("code") for row in rows}) > 1:
         notes.append("Results of mixed code versions, listed below.")
     return rows, notes

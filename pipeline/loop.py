@@ -23,16 +23,16 @@ from pipeline.board import Board
 from pipeline.config import Config
 from pipeline.doses import Adaptive, Search
 from pipeline.errors import InputError
-from pipeline.estimate import estimate, grid_of, hours, runs_of
+from pipeline.estimate import Estimate, estimate, grid_of, hours, runs_of
 from pipeline.inputs import EARLIER
 from pipeline.lanes import Lanes
 from pipeline.plan import Dose
 from pipeline.policies._select import column
 from pipeline.progress import console
-from pipeline.results import FILE, write_rows
+from pipeline.results import FILE, REPORT, write_rows
 from pipeline.runs import UNDEFENDED, Arm, Run, arms_of, columns_of, read_by, source_digest
+from pipeline.shard_map import locked
 from pipeline.shards import list_shards
-from pipeline.shards.store import make_folder
 from train.results import judged
 
 Row = dict[str, Any]
@@ -64,6 +64,7 @@ def loop(
     _check(plan)
     if parallel < 1:
         raise InputError(f"--parallel {parallel}: at least one training at a time")
+    lanes = Lanes(parallel)
     cost = estimate(plan, folder, parallel)
     console.print(f"loop: recipe {plan.recipe!r}, {cost}")
     if dry_run:
@@ -75,8 +76,14 @@ def loop(
             f"{config}: {cost.left:,} trainings would take {hours(cost.hours)} ({cost.source}), more than --max-hours "
             f"{max_hours:g}; take fewer attacks, doses, arms or seeds, or a larger --max-hours"
         )
-    make_folder(str(folder))
-    lanes = Lanes(parallel)
+    with locked(str(folder)):
+        _run(plan, Path(config), folder, cost, lanes)
+    return 0
+
+
+def _run(plan: Config, config: Path, folder: Path, cost: Estimate, lanes: Lanes) -> None:
+    """Train what is missing and write OUT."""
+    (folder / REPORT).unlink(missing_ok=True)  # who has one has all that it tells of
     for run in _dearest(plan, folder):  # what cannot be poisoned as asked is found before the first training
         run.poison()
     with Board(cost) as board:
@@ -86,6 +93,8 @@ def loop(
     arms = [*made.values()]
     write_rows(folder / FILE, arms)
     _say_mixed(arms)
+    if others := len([*folder.glob("*/*/row-*.json")]) - len(arms):
+        console.print(f"{others} rows of another config, or of inputs that changed, stay in {folder} and in no table")
     runs = list(dict.fromkeys(run for run, _ in made))
     for run in runs:
         if run.watchable and (run.compares or not run.scored):  # no arm asked for it, or it was added to the config
@@ -96,8 +105,7 @@ def loop(
     write_rows(folder / "detectors.parquet", detectors)
     from pipeline.report.summary import write_report
 
-    write_report(plan, runs, arms, detectors, Path(config), folder)
-    return 0
+    write_report(plan, runs, arms, detectors, config, folder)
 
 
 class _Table:
@@ -184,8 +192,9 @@ def _check(plan: Config) -> None:
     if min(plan.seeds) < 0:
         raise InputError(f"seeds: {min(plan.seeds)}; a seed is 0 or more")
     recipe = recipe_of(plan.recipe)
-    for shards in (plan.shards, plan.evaluation, plan.reference or plan.shards):
-        list_shards(shards)
+    trained, asked, _ = map(list_shards, (plan.shards, plan.evaluation, plan.reference or plan.shards))
+    if both := {shard.path for shard in trained} & {shard.path for shard in asked}:
+        raise InputError(f"{min(both)} is among the shards that are trained on and among those of the evaluation")
     classes = read_classes(plan.classes)
     for attack in plan.attacks:
         for part in spec.parse("attacks", attack).parts():

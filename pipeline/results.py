@@ -17,7 +17,7 @@ from train.results import SUCCESS
 if TYPE_CHECKING:
     import polars as pl
 
-FILE = "results.parquet"
+FILE, REPORT = "results.parquet", "report.html"  # of a loop; the second only when it has ended
 NEEDED = ("attack", "dose", "dose_ppm", "seed", "arm", "zeroshot_top1", "zeroshot_top1_n")
 DATA = {"recipe_digest": "recipes", "dataset_digest": "datasets", "evaluation_digest": "evaluations"}
 MEASURED = (*SUCCESS, "zeroshot_top1", "knn_top1")  # rates that verbs look at, each with its n

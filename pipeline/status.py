@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.arguments import Out
 from pipeline.errors import InputError
 from pipeline.progress import console
+from pipeline.results import REPORT
 from pipeline.shard_map import COUNTED, RUN, read_markers
 from pipeline.shards.store import absolute, exists, glob, is_url, join, view
 
@@ -31,7 +32,9 @@ def status(out: Out, /) -> int:
         return _training(out)
     if not exists(join(out, RUN)) and (rows := [] if is_url(out) else [*Path(out).glob("*/*/row-*.json")]):
         console.print(f"loop: {len(rows):,} arms done; `mithridate loop CONFIG OUT --dry-run` says how many are left")
-        return int(not exists(join(out, "report.html")))
+        if unfinished := not exists(join(out, REPORT)):
+            _say_who(out)
+        return int(unfinished)
     if not exists(join(out, RUN)):
         raise InputError(
             f"{join(out, RUN)}: no such file; is {out} the OUT of a job? Of `updates` and `validate-attack` each "

@@ -6,6 +6,7 @@ by the tables only. The intervals take the two for independent samples; where B 
 
 from collections.abc import Sequence
 
+from pipeline.audits._audit import many
 from pipeline.audits._markdown import MARKS, plain
 from pipeline.audits._schema import Audited, Cell, Finding, Table
 from pipeline.errors import InputError
@@ -54,7 +55,7 @@ def _read(where: str) -> Audited:
 
 def _counts(audited: Audited) -> str:
     verdict = audited.verdict
-    return f"{verdict.severe} severe, {verdict.warning} warnings, {verdict.note} notes"
+    return f"{verdict.severe} severe, {many(verdict.warning, 'warning')}, {many(verdict.note, 'note')}"
 
 
 def _unseen(audited: Audited) -> str:

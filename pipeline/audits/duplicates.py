@@ -70,7 +70,7 @@ class duplicates:
             own = marked.filter(pl.col("kind") == kind)
             found = groups(clustered(own) if kind == "near" else own.drop("keys"), kind, LEAST)
             first = found.unique("group", keep="first", maintain_order=True)
-            columns = {"size": "images", "group": how, "uid": "one of them", "caption": "its caption"}
+            columns = {"group": how, "size": "images", "uid": "one of them", "caption": "its caption"}
             out.tables.append(counted(first, "duplicates", kind, f"Largest groups of images that {what}", columns))
             if not found.height:
                 continue

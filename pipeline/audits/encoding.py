@@ -67,6 +67,8 @@ class encoding:
         if found.height:
             widest = int(strange["size"][0]) if strange.height else 0
             how = f"unlike the rest, {'all' if widest == found.height else f'{widest:,}'} of them in one way"
+            if widest == 1:  # each in a way of its own
+                how = f"unlike the rest, {strange.height:,} of them by other programs than the one that wrote most"
             if not widest:
                 how = "unlike the rest, but by the program that wrote most: they differ in sizes and lengths"
             out.found.append(

@@ -195,6 +195,8 @@ def protection_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None:
                     _price(cost, one, looks[one.label]["color"], one.cost, one.cost, one.cost)
             lost.set_xlabel("zero-shot top-1 lost, points")
             cost.set_xlabel("core-seconds of the filter, per million pairs")
+            if not any(one.cost for one in effects):
+                cost.set_axis_off()
             if costs := [one.cost for one in effects if one.cost]:
                 _logarithmic(cost.xaxis, min(costs) / 1.25, max(costs) * 1.25)
             lost.set_yscale("log")
@@ -205,7 +207,7 @@ def protection_figure(attacks: Sequence[Sequence["Effect"]]) -> Figure | None:
             lost.set_title(_titled(effects[0].attack), fontsize=7, loc="left", family="monospace")
             for each in (lost, cost):
                 each.axhline(1, color="#BBBBBB", lw=0.6, zorder=0)
-            _names(cost, effects, looks)
+            _names(cost if cost.axison else lost, effects, looks)
     return figure
 
 

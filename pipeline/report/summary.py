@@ -12,6 +12,7 @@ from pipeline.config import POOL, Config, Scores
 from pipeline.estimate import hours
 from pipeline.policies._select import column, keys
 from pipeline.progress import console
+from pipeline.results import REPORT
 from pipeline.scored import scores_folder
 from pipeline.shards import Rejected, Sample, list_shards, samples
 from pipeline.shards.store import write
@@ -49,7 +50,7 @@ def write_report(plan: Config, runs: "Sequence[Run]", arms: Rows, detectors: Row
         responses=[_shown_response(effects) for effects in attacks],
         notes=notes,
     )
-    path = out / "report.html"
+    path = out / REPORT
     write(str(path), page.encode())
     console.print(f"report: {path}")
 

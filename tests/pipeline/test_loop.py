@@ -17,6 +17,7 @@ from conftest import pairs, write_tar
 from pipeline import runs
 from pipeline.board import Board
 from pipeline.config import Config
+from pipeline.dose_response import dose_response
 from pipeline.errors import InputError
 from pipeline.estimate import Estimate, estimate
 from pipeline.lanes import Lanes
@@ -24,6 +25,7 @@ from pipeline.loop import _make, _Table, loop
 from pipeline.report.summary import write_report
 from pipeline.runs import NOBODY, UNDEFENDED, Run, arms_of, source_digest
 from pipeline.score import scored_by
+from pipeline.status import status
 from train.metrics import Rate
 from train.results import columns
 
@@ -78,6 +80,10 @@ def test_a_grid_that_cannot_be_is_refused_at_once(place, tmp_path):
             loop(config(place, **twice), str(tmp_path / "out"))
     with pytest.raises(InputError, match="--parallel 0: at least one"):
         loop(config(place), str(tmp_path / "out"), parallel=0, dry_run=True)
+    with pytest.raises(InputError, match=r"0\.tar is among the shards that are trained on and among"):
+        loop(config(place, evaluation=f"{place}/train"), str(tmp_path / "out"), dry_run=True)
+    with pytest.raises(InputError, match="--parallel 500: there are"):
+        loop(config(place), str(tmp_path / "out"), parallel=500, dry_run=True)
     for wrong, told in {"doses": "no doses", "attacks": "no attacks", "seeds": "no seeds"}.items():
         with pytest.raises(InputError, match=told):
             loop(config(place, **{wrong: []}), str(tmp_path / "out"))
@@ -311,6 +317,25 @@ def test_a_dose_that_a_search_asks_for_too_is_one_row(place, tmp_path):
     assert loop(config(place, doses=["64", GRID], attacks=attacks), str(tmp_path)) == 0
     rows = pl.read_parquet(tmp_path / "results.parquet")
     assert len(rows) == 3 * 3  # of 64, 8 and 2, each arm once
+
+
+def test_a_second_loop_is_refused_and_an_unfinished_one_is_said_to_be(place, tmp_path, capsys):
+    file, out = config(place, doses=["10"], attacks=["patch(target='banana', size=64)"]), tmp_path / "out"
+    finished(file, out)
+    assert loop(file, str(out)) == 0
+    assert status(str(out)) == 0
+    (out / "report.html").unlink()
+    script = (
+        f"import fcntl; file = open('{out}/.lock', 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(InputError, match="another run is writing here"):
+        loop(file, str(out))
+    assert status(str(out)) == 1 and "a run is writing here" in capsys.readouterr().err
+    other.communicate(b"\n")
+    dose_response((str(out),), str(tmp_path / "figures"))
+    assert "has not ended" in (tmp_path / "figures/dose_response.md").read_text()
 
 
 def test_a_loop_that_is_stopped_soon_keeps_the_rows_of_the_one_before(place, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 
 import polars as pl
 import pytest
@@ -136,6 +137,21 @@ def test_seeds_that_take_more_poison_than_was_tried_are_no_fall(tmp_path):
     dose_response((data.write(tmp_path / "r.parquet", [*easy, *hard]),), str(tmp_path / "out"))
     found = pl.read_parquet(tmp_path / "out/dose_response.parquet").to_dicts()[0]
     assert found["ed50"] == "not reached" and found["ed50_ppm_least"] == pytest.approx(1e6 * 1180 / data.PAIRS)
+
+
+def test_figures_of_other_results_do_not_stay(made, tmp_path, capsys):
+    shutil.copytree(made / "out", tmp_path / "out")
+    assert (tmp_path / "out/protection.svg").exists()
+    dose_response((data.write(tmp_path / "r.parquet", data.rows(arms=FEW, doses=(354,))),), str(tmp_path / "out"))
+    assert not [*(tmp_path / "out").glob("*.svg")] and not [*(tmp_path / "out").glob("*.png")]
+    assert "nothing to draw for dose_response, protection" in capsys.readouterr().err
+
+
+def test_without_a_cost_there_is_no_axis_of_it(tmp_path):
+    rows = data.rows(arms=[FEW[0], data.ARMS[6]])
+    figure = protection_figure(responses(rows)[0])
+    assert [axes.axison for axes in figure.axes] == [True, False]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["roclip"]
 
 
 def test_runs_without_poison_are_not_counted_as_an_arms(tmp_path):
