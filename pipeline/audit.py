@@ -148,15 +148,15 @@ def _about(
             if marker and marker["output"] == shard.file and shard.file in read:
                 made_by[shard.file] = marker
     return About(
-        {shard.file: read[shard.file]["out"] for shard in shards if shard.file in read},
-        {shard.file: read[shard.file]["input_sha256"] for shard in shards if shard.file in read},
-        failed,
-        recorded,
-        made_by,
-        not metadata,
-        frozenset(unrecorded),
-        summed(marker["reasons"] for marker in markers),
-        summed(marker["facts"].get("unusable", {}) for marker in markers),
+        pairs={shard.file: read[shard.file]["out"] for shard in shards if shard.file in read},
+        sha256={shard.file: read[shard.file]["input_sha256"] for shard in shards if shard.file in read},
+        failed=failed,
+        recorded=recorded,
+        made_by=made_by,
+        images=not metadata,
+        unrecorded=frozenset(unrecorded),
+        lost=summed(marker["reasons"] for marker in markers),
+        unusable=summed(marker["facts"].get("unusable", {}) for marker in markers),
     )
 
 
@@ -322,9 +322,19 @@ def _finding(where: str, out: str, audit: str, found: "Found", about: "About") -
         action = Removal(where, out).commands(name, join(out, file), found.keep)
     else:
         action = f"# leave the uids of {join(out, file)} out when you download"
-    share = share_of(found.n, found.of)
-    told = (found.severity, found.title, found.n, share, found.explanation, found.source, action, file, examples)
-    return Finding(audit, found.kind, *told)
+    return Finding(
+        audit=audit,
+        kind=found.kind,
+        severity=found.severity,
+        title=found.title,
+        n=found.n,
+        share=share_of(found.n, found.of),
+        explanation=found.explanation,
+        source=found.source,
+        action=action,
+        file=file,
+        examples=examples,
+    )
 
 
 def _print(audited: "Audited", out: str) -> None:

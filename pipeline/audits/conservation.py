@@ -6,7 +6,7 @@ Formula: in = out + dropped + failed of the job that wrote a shard; sha256 of sh
 Source: ours (docs/design.md, promises 2 and 3).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,22 +140,22 @@ def _of_shards(about: About) -> list[Found]:
     failed = [short(why, 160) for why in about.failed.values()]
     empty = [name for name, pairs in about.pairs.items() if not pairs]
     all_of, found = len(known | set(missing)), []
-    for kind, names, severe, what, why in (
-        ("unreadable", failed, True, "cannot be read", "What is in them was not audited, and every job stumbles here."),
-        ("changed", changed, True, "are not what manifest.parquet records", "Somebody or something wrote to them."),
-        ("missing", missing, True, "are in manifest.parquet and not here", "Part of the dataset is not looked at."),
-        ("extra", extra, True, "are here and not in manifest.parquet", "Somebody added to the dataset."),
-        ("leaking", leaking, True, "do not hold what their marker says", "Pairs were lost or added: in = out + rest."),
-        ("empty", empty, False, "have no pairs", "A filter may have dropped all of them, or a download failed."),
-    ):
+    kinds: tuple[tuple[str, Sequence[str], Severity, str, str], ...] = (
+        ("unreadable", failed, "severe", "cannot be read", "They were not audited, and every job stumbles here."),
+        ("changed", changed, "severe", "are not what manifest.parquet records", "Somebody or something wrote to them."),
+        ("missing", missing, "severe", "are in manifest.parquet and not here", "Part of the dataset is not looked at."),
+        ("extra", extra, "severe", "are here and not in manifest.parquet", "Somebody added to the dataset."),
+        ("leaking", leaking, "severe", "do not hold what their marker says", "Pairs were lost or added."),
+        ("empty", empty, "note", "have no pairs", "A filter may have dropped all of them, or a download failed."),
+    )
+    for kind, names, severity, what, why in kinds:
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
             title = f"{len(names):,} of {all_of:,} shards {what}: {listed}"
-            level: Severity = "severe" if severe else "note"
             found.append(
                 Found(
                     kind=kind,
-                    severity=level,
+                    severity=severity,
                     title=title,
                     n=len(names),
                     of=all_of,
