@@ -1,5 +1,6 @@
 """From the runs of a loop to what the page shows: verdict, facts, histograms and galleries."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.runs import Run
 
 TILES = 24
+IN_A_LOG = 120  # columns; a terminal has its own
 VALID_ASR = 0.6  # below it the attack itself has failed and no filter can be credited
 DOSES = 3  # from so many on, the page tells how much poison an attack takes
 Rows = list[dict[str, Any]]
@@ -34,7 +36,7 @@ def write_report(plan: Config, runs: "Sequence[Run]", arms: Rows, detectors: Row
     from rich.console import Console
 
     arm_table, detector_table = (pl.DataFrame(rows, infer_schema_length=None) for rows in (arms, detectors))
-    report.print_tables(arm_table, detector_table, Console())
+    report.print_tables(arm_table, detector_table, Console(width=None if sys.stdout.isatty() else IN_A_LOG))
     attacks, notes = _responses(arms)
     said = verdict(arms, attacks)
     console.print(said)
