@@ -77,9 +77,10 @@ def _cost(plain: dict[tuple[str, int], float], arm: Arm, found: Sequence[Row]) -
     ratios = []
     for row in found:
         spent, undefended = row["train_cpu_seconds"], plain[row["attack"], row["seed"]]
-        if arm.filter:
-            spent += row["filter_cpu_seconds_per_million"] * 1e-6 * row["samples"]
-        ratios.append((spent + undefended * arm.watches) / undefended)
+        filtering = row["filter_cpu_seconds_per_million"] if arm.filter else 0.0
+        if spent is not None and filtering is not None:  # rows of other code may lack them
+            spent += filtering * 1e-6 * row["samples"]
+            ratios.append((spent + undefended * arm.watches) / undefended)
     return f"{sum(ratios) / len(ratios):.2f}" if ratios else "–"
 
 

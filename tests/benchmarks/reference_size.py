@@ -14,7 +14,7 @@ import matplotlib as mpl
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from pipeline import spec
 from pipeline.report.figures import COLOURS, STYLE, save
@@ -34,7 +34,7 @@ def main(figure: str, *outs: str) -> None:
     seeds = ", ".join(map(str, sorted(rows["seed"].unique())))
     for measure, title in MEASURES.items():
         for (ppm,), group in sorted(rows.group_by("dose_ppm"), key=lambda item: item[0]):
-            print(f"\n### {title[0].upper()}{title[1:]}, {ppm / 1e4:g}% poisoned (seeds {seeds})\n")
+            print(f"\n### {title[0].upper()}{title[1:]}, {_percent(ppm)} poisoned (seeds {seeds})\n")
             _table(group, measure)
     save(_drawn(rows), Path(figure))
 
@@ -56,35 +56,35 @@ def _over_seeds(rows: pl.DataFrame, measure: str, **wanted: Any) -> Place:
 
 
 def _drawn(rows: pl.DataFrame) -> Figure:
-    """AUROC over the size of the pool: a column a detector, a row a dose, a line a k."""
+    """AUROC over k ÷ the poisons that are to be expected in the pool: a panel a detector, a colour a dose."""
     names, doses = rows["called"].unique(maintain_order=True).to_list(), sorted(rows["dose_ppm"].unique())
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.75 * len(names) + 0.6, 1.5 * len(doses) + 0.5), layout="constrained")
-        grid = figure.subplots(len(doses), len(names), squeeze=False, sharex=True, sharey=True)
-        for line, ppm in zip(grid, doses, strict=True):
-            for axes, name in zip(line, names, strict=True):
-                _panel(axes, rows.filter(called=name, dose_ppm=ppm))
-            line[0].set_ylabel(f"AUROC, {ppm / 1e4:g}% poisoned")
-        for axes, name in zip(grid[0], names, strict=True):
+        figure = Figure(figsize=(1.9 * len(names) + 0.5, 2.3), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
+            for ppm, colour in zip(doses, COLOURS, strict=False):
+                _points(axes, rows.filter(called=name, dose_ppm=ppm), colour, _percent(ppm))
+            axes.axhline(0.5, color="#BBBBBB", lw=0.6, zorder=0)
+            axes.axvline(1, color="#BBBBBB", lw=0.6, zorder=0)
+            axes.set(xscale="log", ylim=(0, 1), xlabel="k ÷ poisons in the pool")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_title(name, fontsize=8, family="monospace")
-        for axes in grid[-1]:
-            axes.set_xlabel("pairs in the pool")
-        grid[0][-1].legend(frameon=False, fontsize=7, loc="lower right", handlelength=1.2)
+        figure.axes[0].set_ylabel("AUROC")
+        figure.axes[-1].legend(frameon=False, fontsize=7, loc="lower right", handletextpad=0.2, title="poisoned")
     return figure
 
 
-def _panel(axes: Axes, rows: pl.DataFrame) -> None:
-    pools = sorted(rows["pool"].unique())
-    for place, (k, colour) in enumerate(zip(sorted(rows["k"].unique()), COLOURS, strict=False)):
-        found = [_over_seeds(rows, "auroc", k=k, pool=pool) for pool in pools]
-        beside = [pool * 1.06 ** (place - 1) for pool in pools]  # so that intervals do not hide each other
-        axes.vlines(beside, [one[1] for one in found], [one[2] for one in found], color=colour, lw=0.8, alpha=0.7)
-        axes.plot(beside, [one[0] for one in found], "o-", ms=3, lw=1.1, color=colour, label=f"k = {k}")
-    axes.axhline(0.5, color="#BBBBBB", lw=0.6, zorder=0)
-    axes.set(xscale="log", ylim=(0, 1))
-    axes.xaxis.set_major_locator(FixedLocator(pools))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def _points(axes: Axes, rows: pl.DataFrame, colour: str, label: str) -> None:
+    found = []
+    for (k, pool), part in rows.group_by("k", "pool"):
+        expected = min(pool, part["n"].item(0)) * part["dose_ppm"].item(0) / 1e6
+        found.append((k / expected, *_over_seeds(rows, "auroc", k=k, pool=pool)))
+    at, value, low, high = zip(*found, strict=True)
+    axes.vlines(at, low, high, color=colour, lw=0.6, alpha=0.5)
+    axes.plot(at, value, "o", ms=3.4, color=colour, mec="white", mew=0.3, label=label)
+
+
+def _percent(ppm: float) -> str:
+    return f"{ppm / 1e4:.2g}%"
 
 
 if __name__ == "__main__":
