@@ -2,7 +2,8 @@
 
 Trade-off: blind to how far off a caption is, so models of any scale compare, but a score has no more than pool + 1
 values and those of well-matched pairs tie at zero. A pool of random captions is a weak contest for a caption that only
-roughly fits. Like any similarity it tells little once the poison is learnt.
+roughly fits. A learnt trigger fits all captions of its target, so that others of the pool beat a poison's own: it finds
+most at the end of a training (docs/results/time_of_score.md), where similarity finds nothing.
 Source: Yang et al., NeurIPS 2023 (RoCLIP), where training swaps the caption for the pool's nearest; as a
 detector ours.
 """
